@@ -1,0 +1,27 @@
+"""Mistral in JAX and Equinox.
+
+```python
+import mistral_eqx as mx
+
+model, tokenizer = mx.load()
+print(mx.generate(model, tokenizer, "To be, or not"))
+```
+"""
+
+from .attention import Attention as Attention
+from .cache import Cache as Cache
+from .checkpoint import load_model as load_model, save_model as save_model
+from .config import ModelConfig as ModelConfig
+from .generation import (
+    decode as decode,
+    decode_step as decode_step,
+    prefill as prefill,
+    score as score,
+)
+from .sampling import Sampling as Sampling
+from .text import Completion as Completion, generate as generate, load as load
+from .tokenizer import Tokenizer as Tokenizer, train_tokenizer as train_tokenizer
+from .transformer import (
+    Transformer as Transformer,
+    TransformerBlock as TransformerBlock,
+)

@@ -1,0 +1,157 @@
+"""Grouped-query attention under a sliding window."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Float32, Int32, PRNGKeyArray
+
+from .cache import LayerCache
+from .config import ModelConfig
+from .layers import Linear
+from .rope import rotate
+
+
+def visible(
+    query_positions: Int32[Array, "seq"],
+    key_positions: Int32[Array, "slots"],
+    window: int | None,
+) -> Bool[Array, "seq slots"]:
+    """Which keys each query may see: itself and the `window - 1` tokens before it.
+
+    Positions below zero are pads and empty slots, which nobody sees. That is `window`
+    keys in all, as in Mistral's production code; the mask of its one-file reference lets
+    one more through (Mistral 7B, arXiv 2310.06825, §2).
+    """
+    distance = query_positions[:, None] - key_positions[None, :]
+    seen = (distance >= 0) & (key_positions[None, :] >= 0)
+    return seen if window is None else seen & (distance < window)
+
+
+def attend(
+    queries: Float[Array, "seq heads head_dim"],
+    keys: Float[Array, "kv_heads slots head_dim"],
+    values: Float[Array, "kv_heads slots head_dim"],
+    mask: Bool[Array, "seq slots"],
+) -> Float[Array, "seq heads head_dim"]:
+    """Softmax attention, the `groups` of query heads that share a kv head together.
+
+    Scores and softmax are float32, the probabilities are cast back to the values' dtype,
+    as in the reference. Grouped-query attention: Ainslie et al. (arXiv 2305.13245).
+    """
+    seq, heads, head_dim = queries.shape
+    kv_heads, slots, _ = keys.shape
+    groups = heads // kv_heads
+    # The queries of a group become rows of one matrix: two plain batched products,
+    # which XLA does faster than an einsum over five axes.
+    rows = queries.reshape(seq, kv_heads, groups, head_dim).transpose(1, 2, 0, 3)
+    rows = rows.reshape(kv_heads, groups * seq, head_dim)
+    scores = jnp.einsum("krd,ksd->krs", rows, keys, preferred_element_type=jnp.float32)
+    scores = scores.reshape(kv_heads, groups, seq, slots) * head_dim**-0.5
+    # A finite value: a pad sees no key at all, and a row of -inf alone would be NaN.
+    scores = jnp.where(mask[None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    weights = weights.reshape(kv_heads, groups * seq, slots)
+    out = jnp.einsum(
+        "krs,ksd->krd", weights, values, preferred_element_type=jnp.float32
+    )
+    out = out.reshape(kv_heads, groups, seq, head_dim).transpose(2, 0, 1, 3)
+    return out.reshape(seq, heads, head_dim).astype(queries.dtype)
+
+
+class Attention(eqx.Module):
+    """One layer's attention over a sequence, or over a chunk of it and a ring."""
+
+    wq: Linear
+    wk: Linear
+    wv: Linear
+    wo: Linear
+    n_heads: int = eqx.field(static=True)
+    n_kv_heads: int = eqx.field(static=True)
+    head_dim: int = eqx.field(static=True)
+    window: int | None = eqx.field(static=True)
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, key: PRNGKeyArray):
+        """**Arguments:**
+
+        - `config`: of the model.
+        - `dtype`: of the weights.
+        - `key`: for their initialisation.
+        """
+        key_q, key_k, key_v, key_o = jr.split(key, 4)
+        query_dim = config.n_heads * config.head_dim
+        kv_dim = config.n_kv_heads * config.head_dim
+        self.wq = Linear(config.dim, query_dim, dtype=dtype, key=key_q)
+        self.wk = Linear(config.dim, kv_dim, dtype=dtype, key=key_k)
+        self.wv = Linear(config.dim, kv_dim, dtype=dtype, key=key_v)
+        self.wo = Linear(query_dim, config.dim, dtype=dtype, key=key_o)
+        self.n_heads = config.n_heads
+        self.n_kv_heads = config.n_kv_heads
+        self.head_dim = config.head_dim
+        self.window = config.sliding_window
+
+    def __call__(
+        self,
+        x: Float[Array, "seq dim"],
+        positions: Int32[Array, "seq"],
+        rotation: tuple[Float32[Array, "seq half"], Float32[Array, "seq half"]],
+        cache: LayerCache | None,
+        length: Int32[Array, ""],
+    ) -> tuple[Float[Array, "seq dim"], LayerCache | None]:
+        """**Arguments:**
+
+        - `x`: the normalised residual stream.
+        - `positions`: of every token of `x`; negative for pads.
+        - `rotation`: the cosine and sine of their angles.
+        - `cache`: what came before `x`, or `None` if nothing did.
+        - `length`: how many tokens of the row, pads included, came before `x`.
+
+        **Returns:**
+
+        What to add to the residual stream, and the cache with `x` in it.
+        """
+        seq = x.shape[0]
+        queries = self.wq(x).reshape(seq, self.n_heads, self.head_dim)
+        keys = self.wk(x).reshape(seq, self.n_kv_heads, self.head_dim)
+        values = self.wv(x).reshape(seq, self.n_kv_heads, self.head_dim)
+        # Keys are stored turned by their own position: the ring needs no order.
+        queries, keys = rotate(queries, *rotation), rotate(keys, *rotation)
+        if cache is None:
+            out = self._attend_sequence(queries, keys, values, positions)
+        else:
+            cache = cache.write(keys, values, length)
+            padding = length - positions[0]
+            key_positions = cache.indices(length + seq) - padding
+            mask = visible(positions, key_positions, self.window)
+            out = attend(queries, cache.keys, cache.values, mask)
+        return self.wo(out.reshape(seq, self.n_heads * self.head_dim)), cache
+
+    def _attend_sequence(
+        self,
+        queries: Float[Array, "seq heads head_dim"],
+        keys: Float[Array, "seq kv_heads head_dim"],
+        values: Float[Array, "seq kv_heads head_dim"],
+        positions: Int32[Array, "seq"],
+    ) -> Float[Array, "seq heads head_dim"]:
+        """Attention of a whole sequence to itself, in blocks of queries. A block looks only
+        at the keys that some query of it may see, so that a window saves work and memory
+        and not only probability."""
+        seq = queries.shape[0]
+        keys, values = jnp.swapaxes(keys, 0, 1), jnp.swapaxes(values, 0, 1)
+        # Every block is a program of its own: 16 at most, for the time to compile.
+        block = max(64, -(-seq // 16))
+        out = []
+        for start in range(0, seq, block):
+            stop = min(start + block, seq)
+            first = 0 if self.window is None else max(0, start - self.window + 1)
+            mask = visible(positions[start:stop], positions[first:stop], self.window)
+            out.append(
+                attend(
+                    queries[start:stop],
+                    keys[:, first:stop],
+                    values[:, first:stop],
+                    mask,
+                )
+            )
+        return jnp.concatenate(out)

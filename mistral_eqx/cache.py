@@ -1,0 +1,130 @@
+"""The rolling buffer: what attention remembers, in rings of fixed size.
+
+The tokens of a sequence are numbered as they are written: token `index` of a row goes to
+slot `index % slots` and stays until token `index + slots` takes its place. Which token a
+slot holds follows from how many were written, so nothing is ever shifted and no list of
+positions is kept.
+
+The rows of a batch are padded on the **left** to one length. They then share the index,
+and one write is one contiguous block for the whole batch. A row with `padding` pads has
+its first token at index `padding`, which is its position 0.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Int32
+
+from .config import ModelConfig
+
+
+class LayerCache(eqx.Module):
+    """The keys and values that one layer remembers. Slots never written hold zeros."""
+
+    keys: Float[Array, "kv_heads slots head_dim"]
+    values: Float[Array, "kv_heads slots head_dim"]
+
+    @property
+    def slots(self) -> int:
+        return self.keys.shape[-2]
+
+    def write(
+        self,
+        keys: Float[Array, "seq kv_heads head_dim"],
+        values: Float[Array, "seq kv_heads head_dim"],
+        length: Int32[Array, ""],
+    ) -> "LayerCache":
+        """Writes a chunk as tokens `length, length + 1, ...`. It must not straddle the
+        ring's end, which `chunk_sizes` sees to: a block that would is moved back by XLA
+        and overwrites slots that are still in use."""
+
+        def write(ring, chunk):
+            chunk = jnp.swapaxes(chunk, 0, 1).astype(ring.dtype)
+            start = length % self.slots
+            return jax.lax.dynamic_update_slice_in_dim(ring, chunk, start, axis=1)
+
+        return LayerCache(write(self.keys, keys), write(self.values, values))
+
+    def indices(self, length: Int32[Array, ""]) -> Int32[Array, "slots"]:
+        """The index of the token in every slot once `length` have been written: the last
+        one that maps there. Negative where none has."""
+        slots = jnp.arange(self.slots, dtype=jnp.int32)
+        last = length - 1
+        return last - (last - slots) % self.slots
+
+
+class Cache(eqx.Module):
+    """The memory of one row; of a batch, where every array but `length` has a leading
+    axis `batch`."""
+
+    layers: tuple[LayerCache, ...]
+    length: Int32[Array, ""]
+    padding: Int32[Array, "*batch"]
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        padding: Int[Array, "*batch"],
+        *,
+        chunk: int,
+        max_length: int,
+        dtype: DTypeLike,
+    ):
+        """**Arguments:**
+
+        - `config`: of the model that will use it.
+        - `padding`: how many pads stand left of each row. Shape `()` for one row, or
+            `(batch,)`.
+        - `chunk`: the most tokens that are written at once.
+        - `max_length`: the most tokens that are written in all, pads included. Without a
+            window the ring is as long as that; with one it may be anything longer.
+        - `dtype`: of the keys and values.
+        """
+        slots = ring_size(config.sliding_window, chunk=chunk, max_length=max_length)
+        shape = (*padding.shape, config.n_kv_heads, slots, config.head_dim)
+        # Each its own array: a donated buffer may be given away once only.
+        self.layers = tuple(
+            LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+            for _ in range(config.n_layers)
+        )
+        self.length = jnp.zeros((), jnp.int32)
+        self.padding = padding.astype(jnp.int32)
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """The size of every layer's ring."""
+        return tuple(layer.slots for layer in self.layers)
+
+    @property
+    def axes(self) -> "Cache":
+        """The axis of the batch in every array, as `jax.vmap` takes it. The rows share
+        their `length`, so that a write stays one block and does not become a scatter."""
+        axes = jax.tree.map(lambda _: 0, self)
+        return eqx.tree_at(lambda cache: cache.length, axes, None)
+
+
+def ring_size(window: int | None, *, chunk: int, max_length: int) -> int:
+    """The number of slots of a layer with such a window.
+
+    A chunk is written before it is attended. So that its first token still finds the
+    `window - 1` before it, the ring has room for these and the chunk; it is a multiple of
+    the chunk, so that chunks end where the ring does.
+    """
+    length = max_length if window is None else min(max_length, window - 1 + chunk)
+    return -(-length // chunk) * chunk
+
+
+def chunk_sizes(
+    length: int, n_tokens: int, *, chunk: int, slots: tuple[int, ...]
+) -> list[int]:
+    """How to cut `n_tokens` that follow `length` others, so that no chunk straddles the
+    end of any ring. Only `chunk` and powers of two below it are used: a handful of shapes
+    to compile for prompts of any length."""
+    sizes = []
+    while n_tokens > 0:
+        room = min(n_tokens, *(ring - length % ring for ring in slots))
+        size = chunk if room >= chunk else 1 << (room.bit_length() - 1)
+        sizes.append(size)
+        length, n_tokens = length + size, n_tokens - size
+    return sizes

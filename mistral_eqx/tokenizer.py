@@ -1,0 +1,104 @@
+"""Text to token ids and back: Mistral's sentencepiece tokenizers."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import sentencepiece
+
+
+class Tokenizer:
+    """A sentencepiece model. `encode` begins with the BOS id, as every Mistral expects.
+
+    **Attributes:** `vocab_size`, `bos_id`, `eos_id`.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        """**Arguments:**
+
+        - `path`: of a `tokenizer.model`.
+
+        **Raises:**
+
+        `FileNotFoundError` without a file there, `ValueError` if sentencepiece cannot
+        read it.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no tokenizer at {path}.")
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            raise ValueError(
+                f"{path} is not a sentencepiece model, or not all of it: {error}"
+            ) from error
+        self.vocab_size: int = self._model.vocab_size()
+        self.bos_id: int = self._model.bos_id()
+        self.eos_id: int = self._model.eos_id()
+
+    def encode(self, text: str, *, bos: bool = True) -> list[int]:
+        """The ids of `text`, after the BOS id if `bos`."""
+        ids = self._model.encode(text)
+        return [self.bos_id, *ids] if bos else ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`. Control ids (BOS, EOS) have none."""
+        return self._model.decode(list(ids))
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raises `ValueError` if a tokenizer is not of a model with so many ids: another
+    one's ids would be read as other words, without an error."""
+    if tokenizer.vocab_size != vocab_size:
+        raise ValueError(
+            f"The tokenizer has {tokenizer.vocab_size} ids, but the model has "
+            f"{vocab_size}: they are not of the same model. (Mistral's v1 tokenizer has "
+            "32000, v2 and v3 have 32768.)"
+        )
+
+
+def train_tokenizer(
+    text: str, path: str | os.PathLike, *, vocab_size: int = 2048
+) -> None:
+    """Trains a tokenizer with the settings of Mistral's (BPE, bytes for what has no piece,
+    digits apart, no normalisation, ids 0, 1, 2 for unknown, BOS, EOS) and writes it.
+
+    **Arguments:**
+
+    - `text`: to learn the pieces from.
+    - `path`: where to write the `tokenizer.model`.
+    - `vocab_size`: how many pieces, the 256 bytes and 3 control ids among them.
+    """
+    # Needs protobuf, which only training does.
+    from sentencepiece import sentencepiece_model_pb2
+
+    path = Path(path)
+    prefix = path.with_name(path.name + ".partial")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text.splitlines()),
+        model_prefix=str(prefix),
+        model_type="bpe",
+        vocab_size=vocab_size,
+        character_coverage=0.99995,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        # Only the first line of a text is tokenized behind a dummy space, so the pieces
+        # are learnt without; the flag is set in the finished model below.
+        add_dummy_prefix=False,
+        allow_whitespace_only_pieces=True,
+        split_digits=True,
+        byte_fallback=True,
+        max_sentencepiece_length=16,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        unk_surface=" \u2047 ",
+        minloglevel=2,
+    )
+    partial = Path(f"{prefix}.model")
+    model = sentencepiece_model_pb2.ModelProto.FromString(partial.read_bytes())
+    model.normalizer_spec.add_dummy_prefix = True
+    partial.write_bytes(model.SerializeToString())
+    Path(f"{prefix}.vocab").unlink()
+    partial.replace(path)

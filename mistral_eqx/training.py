@@ -1,0 +1,180 @@
+"""Next-token training: the loss, one step, and a loop that survives being killed."""
+
+import os
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float32, Int, Integer
+from tqdm import tqdm
+
+from .transformer import Transformer
+
+
+def loss(model: Transformer, tokens: Int[Array, "batch seq"]) -> Float32[Array, ""]:
+    """The mean cross-entropy, in nats a token, of each token after those before it."""
+    logits, _ = jax.vmap(model)(tokens[:, :-1])
+    return jnp.mean(
+        optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    )
+
+
+def make_optimizer(
+    *, learning_rate: float, steps: int, warmup: int, weight_decay: float = 0.1
+) -> optax.GradientTransformation:
+    """AdamW with clipped gradients. The learning rate rises over `warmup` steps and falls
+    along a cosine to a fiftieth at `steps`. Norms are not decayed."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, learning_rate, warmup, max(steps, warmup + 1), 0.02 * learning_rate
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(
+            schedule,
+            b2=0.95,
+            weight_decay=weight_decay,
+            mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
+        ),
+    )
+
+
+class TrainState(eqx.Module):
+    """All that a run needs to go on: what is written to its checkpoint."""
+
+    model: Transformer
+    optimizer_state: optax.OptState
+    step: Int[Array, ""]
+
+
+@eqx.filter_jit(donate="all")
+def train_step(
+    state: TrainState,
+    tokens: Int[Array, "batch seq"],
+    optimizer: optax.GradientTransformation,
+) -> tuple[TrainState, Float32[Array, ""]]:
+    """One step down the gradient. Returns the new state and the loss before it; the state
+    given is donated and may not be used again."""
+    value, grads = eqx.filter_value_and_grad(loss)(state.model, tokens)
+    updates, optimizer_state = optimizer.update(
+        grads, state.optimizer_state, state.model
+    )
+    model = eqx.apply_updates(state.model, updates)
+    return TrainState(model, optimizer_state, state.step + 1), value
+
+
+_evaluate = eqx.filter_jit(loss)
+
+
+def sample_batch(
+    tokens: Integer[np.ndarray, "length"],
+    *,
+    batch_size: int,
+    seq_len: int,
+    bos_id: int,
+    seed: int,
+    step: int,
+) -> Int[np.ndarray, "batch seq"]:
+    """`batch_size` random slices of `seq_len` tokens, each behind a BOS. They depend on the
+    seed and the step alone, so that a resumed run sees what an unbroken one does."""
+    starts = np.random.default_rng((seed, step)).integers(
+        0, len(tokens) - seq_len + 1, batch_size
+    )
+    slices = tokens[starts[:, None] + np.arange(seq_len)[None, :]]
+    return np.concatenate(
+        [np.full((batch_size, 1), bos_id, np.int32), slices.astype(np.int32)], axis=1
+    )
+
+
+def fit(
+    model: Transformer,
+    tokens: Integer[np.ndarray, "length"],
+    held_out: Integer[np.ndarray, "held_out_length"],
+    *,
+    bos_id: int,
+    steps: int,
+    batch_size: int = 8,
+    seq_len: int = 256,
+    learning_rate: float = 2e-3,
+    warmup: int = 200,
+    seed: int = 0,
+    checkpoint: str | os.PathLike | None = None,
+    checkpoint_every: int = 250,
+) -> Transformer:
+    """Trains `model` to predict each token of `tokens` from those before it.
+
+    **Arguments:**
+
+    - `model`: where to start. It is donated: use the one that is returned.
+    - `tokens`, `held_out`: two streams of token ids. The second is only ever measured.
+    - `bos_id`: put before each sequence.
+    - `steps`, `batch_size`, `seq_len`: how much to train; `steps` counts from the start
+        of the run, those before an interruption included.
+    - `learning_rate`, `warmup`: see [`make_optimizer`][].
+    - `seed`: for the choice of sequences.
+    - `checkpoint`: a file for the state of the run. If it is there, the run goes on from
+        it. It is replaced only once the new one is whole.
+    - `checkpoint_every`: steps from one checkpoint, and one held-out loss, to the next.
+
+    **Returns:**
+
+    The trained model.
+
+    **Raises:**
+
+    `ValueError` if `tokens` or `held_out` are shorter than a sequence, or if the
+    checkpoint is of another run.
+    """
+    for name, stream in (("tokens", tokens), ("held_out", held_out)):
+        if len(stream) < seq_len:
+            raise ValueError(
+                f"{name} has {len(stream)} ids, fewer than one sequence of {seq_len}."
+            )
+    optimizer = make_optimizer(learning_rate=learning_rate, steps=steps, warmup=warmup)
+    state = TrainState(model, optimizer.init(model), jnp.zeros((), jnp.int32))
+    if checkpoint is not None and Path(checkpoint).exists():
+        state = _read_checkpoint(Path(checkpoint), state)
+    measured = sample_batch(
+        held_out, batch_size=64, seq_len=seq_len, bos_id=bos_id, seed=0, step=0
+    )
+    start = int(state.step)
+    with tqdm(total=steps, initial=start, unit="step", desc="train") as progress:
+        shown = {}
+        for step in range(start, steps):
+            batch = sample_batch(
+                tokens,
+                batch_size=batch_size,
+                seq_len=seq_len,
+                bos_id=bos_id,
+                seed=seed,
+                step=step,
+            )
+            state, value = train_step(state, jnp.asarray(batch), optimizer)
+            done = step + 1
+            if done % 10 == 0:
+                shown["loss"] = f"{float(value):.3f}"
+            if done % checkpoint_every == 0 or done == steps:
+                shown["held out"] = f"{float(_evaluate(state.model, measured)):.3f}"
+                if checkpoint is not None:
+                    _write_checkpoint(Path(checkpoint), state)
+            progress.set_postfix(shown, refresh=False)
+            progress.update()
+    return state.model
+
+
+def _write_checkpoint(path: Path, state: TrainState) -> None:
+    partial = path.with_name(path.name + ".partial")
+    eqx.tree_serialise_leaves(partial, state)
+    partial.replace(path)
+
+
+def _read_checkpoint(path: Path, like: TrainState) -> TrainState:
+    try:
+        return eqx.tree_deserialise_leaves(path, like)
+    except Exception as error:
+        raise ValueError(
+            f"{path} is not a checkpoint of this run: its model or optimizer has another "
+            "shape, or the file is damaged. Move it away to start anew."
+        ) from error

@@ -1,0 +1,60 @@
+"""The package's imports go strictly downwards, one floor at a time (and never to torch)."""
+
+import ast
+from pathlib import Path
+
+import mistral_eqx
+import pytest
+
+
+PACKAGE = Path(mistral_eqx.__file__).parent
+FLOORS = {
+    "config": 0,
+    "rope": 0,
+    "layers": 0,
+    "sampling": 0,
+    "cache": 1,
+    "attention": 2,
+    "transformer": 3,
+    "checkpoint": 4,
+    "generation": 4,
+    "training": 4,
+    "tokenizer": 5,
+    "text": 6,
+    "__main__": 7,
+    "__init__": 8,
+}
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+
+
+def imports(path):
+    """The names of the modules of the package, and of other packages, that are imported."""
+    own, other = set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            other |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            other.add(node.module.split(".")[0])
+        elif isinstance(node, ast.ImportFrom) and node.module is None:
+            own |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            own.add(node.module)
+    return own, other
+
+
+def test_every_module_has_a_floor():
+    assert set(MODULES) == set(FLOORS)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_down(module):
+    own, other = imports(PACKAGE / f"{module}.py")
+    assert all(FLOORS[name] < FLOORS[module] for name in own), own
+    assert "mistral_eqx" not in other
+    assert "one_file_ref" not in other
+    assert "torch" not in other
+
+
+def test_one_file_port_stands_alone():
+    _, other = imports(PACKAGE.parent / "one_file_ref.py")
+    assert "mistral_eqx" not in other
