@@ -52,9 +52,7 @@ def _demo(options: argparse.Namespace) -> None:
         "This is another test",
         "This is a third test, mistral AI is very good at testing. ",
     ]
-    for completion in generate(
-        model, tokenizer, prompts, max_tokens=options.max_tokens
-    ):
+    for completion in generate(model, tokenizer, prompts, max_tokens=options.max_tokens):
         print(completion)
         print("=====================")
 

@@ -53,9 +53,7 @@ def attend(
     scores = jnp.where(mask[None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
     weights = weights.reshape(kv_heads, groups * seq, slots)
-    out = jnp.einsum(
-        "krs,ksd->krd", weights, values, preferred_element_type=jnp.float32
-    )
+    out = jnp.einsum("krs,ksd->krd", weights, values, preferred_element_type=jnp.float32)
     out = out.reshape(kv_heads, groups, seq, head_dim).transpose(2, 0, 1, 3)
     return out.reshape(seq, heads, head_dim).astype(queries.dtype)
 

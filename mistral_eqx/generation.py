@@ -110,9 +110,7 @@ def _forward(
         hidden, cache = model.hidden_states(tokens, cache)
         return cache, model.logits(hidden[-1][-1:])[0]
 
-    return jax.vmap(row, in_axes=(0, cache.axes), out_axes=(cache.axes, 0))(
-        tokens, cache
-    )
+    return jax.vmap(row, in_axes=(0, cache.axes), out_axes=(cache.axes, 0))(tokens, cache)
 
 
 def decode_step(
@@ -324,9 +322,7 @@ def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
             )
 
 
-def _row_keys(
-    key: PRNGKeyArray, prompts: Sequence[Sequence[int]]
-) -> Key[Array, "batch"]:
+def _row_keys(key: PRNGKeyArray, prompts: Sequence[Sequence[int]]) -> Key[Array, "batch"]:
     seen = collections.Counter()
     copies = []
     for prompt in prompts:

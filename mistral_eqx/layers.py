@@ -6,18 +6,16 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Float, Int, PRNGKeyArray
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 
 class Linear(eqx.Module):
-    """A matrix product without bias: the one place where the model multiplies by a weight."""
+    """A matrix product without bias: the one place where a weight is multiplied by."""
 
     weight: Float[Array, "out in"]
 
-    def __init__(
-        self, in_size: int, out_size: int, *, dtype: DTypeLike, key: PRNGKeyArray
-    ):
+    def __init__(self, in_size: int, out_size: int, *, dtype: DTypeLike, key: PRNGKeyArray):
         """**Arguments:**
 
         - `in_size`, `out_size`: lengths of the input's and the output's last axis.
@@ -41,9 +39,7 @@ class Embedding(eqx.Module):
 
     weight: Float[Array, "vocab dim"]
 
-    def __init__(
-        self, vocab_size: int, dim: int, *, dtype: DTypeLike, key: PRNGKeyArray
-    ):
+    def __init__(self, vocab_size: int, dim: int, *, dtype: DTypeLike, key: PRNGKeyArray):
         """**Arguments:**
 
         - `vocab_size`, `dim`: shape of the table.
@@ -91,9 +87,7 @@ class FeedForward(eqx.Module):
     w2: Linear
     w3: Linear
 
-    def __init__(
-        self, dim: int, hidden_dim: int, *, dtype: DTypeLike, key: PRNGKeyArray
-    ):
+    def __init__(self, dim: int, hidden_dim: int, *, dtype: DTypeLike, key: PRNGKeyArray):
         """**Arguments:**
 
         - `dim`, `hidden_dim`: widths outside and inside.

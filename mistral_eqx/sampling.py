@@ -1,7 +1,6 @@
 """From the logits of one row to its next token."""
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float32, Int32, PRNGKeyArray

@@ -57,9 +57,7 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
         )
 
 
-def train_tokenizer(
-    text: str, path: str | os.PathLike, *, vocab_size: int = 2048
-) -> None:
+def train_tokenizer(text: str, path: str | os.PathLike, *, vocab_size: int = 2048) -> None:
     """Trains a tokenizer with the settings of Mistral's (BPE, bytes for what has no piece,
     digits apart, no normalisation, ids 0, 1, 2 for unknown, BOS, EOS) and writes it.
 

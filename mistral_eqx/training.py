@@ -17,9 +17,7 @@ from .transformer import Transformer
 def loss(model: Transformer, tokens: Int[Array, "batch seq"]) -> Float32[Array, ""]:
     """The mean cross-entropy, in nats a token, of each token after those before it."""
     logits, _ = jax.vmap(model)(tokens[:, :-1])
-    return jnp.mean(
-        optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-    )
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]))
 
 
 def make_optimizer(
@@ -58,9 +56,7 @@ def train_step(
     """One step down the gradient. Returns the new state and the loss before it; the state
     given is donated and may not be used again."""
     value, grads = eqx.filter_value_and_grad(loss)(state.model, tokens)
-    updates, optimizer_state = optimizer.update(
-        grads, state.optimizer_state, state.model
-    )
+    updates, optimizer_state = optimizer.update(grads, state.optimizer_state, state.model)
     model = eqx.apply_updates(state.model, updates)
     return TrainState(model, optimizer_state, state.step + 1), value
 

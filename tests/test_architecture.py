@@ -3,8 +3,9 @@
 import ast
 from pathlib import Path
 
-import mistral_eqx
 import pytest
+
+import mistral_eqx
 
 
 PACKAGE = Path(mistral_eqx.__file__).parent
