@@ -78,7 +78,8 @@ def _train(options: argparse.Namespace) -> None:
     import jax
     import jax.numpy as jnp
 
-    from .checkpoint import read_config, save_model
+    from .checkpoint import read_config
+    from .export import save
     from .tokenizer import Tokenizer, check_vocabulary, train_tokenizer
     from .training import fit
     from .transformer import Transformer
@@ -117,7 +118,7 @@ def _train(options: argparse.Namespace) -> None:
         checkpoint=work / "checkpoint.eqx",
     )
     model = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model)
-    save_model(model, out, tokenizer=tokenizer_path)
+    save(model, out, tokenizer=tokenizer_path)
     shutil.rmtree(work)
 
 

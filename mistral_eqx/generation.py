@@ -70,7 +70,7 @@ def prefill(
     """
     _check_prompts(prompts, model.config.vocab_size)
     if chunk is None:
-        chunk = default_chunk(model.config.sliding_window)
+        chunk = default_chunk(model.config.smallest_window)
     longest = max(len(prompt) for prompt in prompts)
     length = _padded_length(longest, chunk)
     tokens = np.zeros((len(prompts), length), np.int32)
@@ -272,7 +272,7 @@ def score(
     if len(tokens) < 2:
         raise ValueError("A text of one token has nothing to score.")
     if chunk is None:
-        chunk = default_chunk(model.config.sliding_window)
+        chunk = default_chunk(model.config.smallest_window)
     inputs, targets = (
         np.asarray(tokens[:-1], np.int32),
         np.asarray(tokens[1:], np.int32),
