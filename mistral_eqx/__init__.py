@@ -21,7 +21,11 @@ from .generation import (
 )
 from .sampling import Sampling as Sampling
 from .text import Completion as Completion, generate as generate, load as load
-from .tokenizer import Tokenizer as Tokenizer, train_tokenizer as train_tokenizer
+from .tokenizer import (
+    Tokenizer as Tokenizer,
+    load_tokenizer as load_tokenizer,
+    train_tokenizer as train_tokenizer,
+)
 from .transformer import (
     Transformer as Transformer,
     TransformerBlock as TransformerBlock,

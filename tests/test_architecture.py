@@ -24,6 +24,7 @@ FLOORS = {
     "training": 4,
     "export": 5,
     "tokenizer": 5,
+    "inspection": 6,
     "text": 6,
     "__main__": 7,
     "__init__": 8,
