@@ -278,7 +278,9 @@ def _format(folder: Path) -> str:
     if not folder.exists():
         raise FileNotFoundError(f"There is no folder {folder}.")
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is a file. Name the folder it is in.")
+        raise FileNotFoundError(
+            f"There is no folder {folder}: it is a file. Name the folder it is in."
+        )
     configs = [f for f in CONFIGS if (folder / CONFIGS[f]).is_file()]
     if not configs:
         if any(folder.glob("adapter_*")) or any(folder.glob("*lora*")):
@@ -287,7 +289,7 @@ def _format(folder: Path) -> str:
                 "trained for."
             )
         raise FileNotFoundError(
-            f"There is no params.json or config.json in {folder}. It comes with the "
+            f"There is no params.json in {folder}, and no config.json. It comes with the "
             "weights: download the whole folder."
         )
     whole = [f for f in configs if any(_found(folder, pattern) for pattern in _WEIGHTS[f])]
@@ -346,8 +348,8 @@ def _weight_files(
                 )
         return tuple(files), None
     raise FileNotFoundError(
-        f"There are no weights in {folder}, which has a {CONFIGS[format]}: no "
-        f"{_WEIGHTS[format][0]} and nothing that stands for it. Download the whole folder."
+        f"There is no {_WEIGHTS[format][0]} in {folder}, nor any other weights that go "
+        f"with its {CONFIGS[format]}. Download the whole folder."
     )
 
 

@@ -33,6 +33,7 @@ class Sampling(eqx.Module):
         greedy = jnp.argmax(logits)
         # The unused branch must stay finite where the temperature is 0.
         temperature = jnp.where(self.temperature > 0, self.temperature, 1.0)
-        sampled = jr.categorical(key, logits / temperature)
+        # Below zero, so that dividing by a very small temperature makes no infinities.
+        sampled = jr.categorical(key, (logits - jnp.max(logits)) / temperature)
         token = jnp.where(self.temperature > 0, sampled, greedy)
         return token.astype(jnp.int32)

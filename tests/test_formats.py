@@ -549,15 +549,15 @@ def only_adapter(folder):
 INDEX = "model.safetensors.index.json"
 BAD = {
     "no folder": (lambda folder: None, "There is no folder .*bad"),
-    "a file": (lambda folder: folder.write_text(""), "bad is a file. Name the folder"),
-    "an empty folder": (lambda folder: folder.mkdir(), "no params.json or config.json in"),
+    "a file": (lambda folder: folder.write_text(""), "bad: it is a file. Name the folder"),
+    "an empty folder": (lambda folder: folder.mkdir(), "no params.json in"),
     "no weights": (
         lambda folder: (write_raw(folder) / "consolidated.safetensors").unlink(),
-        "no weights in .*: no consolidated.safetensors",
+        "no consolidated.safetensors in .*, nor any other weights",
     ),
     "no config": (
         lambda folder: (write_raw(folder) / "params.json").unlink(),
-        "no params.json or config.json in .*download the whole folder",
+        "no params.json in .*download the whole folder",
     ),
     "a truncated file": (
         lambda folder: halve(write_raw(folder) / "consolidated.safetensors"),
