@@ -579,6 +579,8 @@ def read_params(path: Path) -> ModelArgs:
     params = json.loads(path.read_text(encoding="utf-8"))
     if type(params) is not dict:
         raise ValueError("not a JSON object")
+    for name in ("max_batch_size", "max_seq_len", "max_position_embeddings"):
+        params.pop(name, None)  # limits of other programs, which newer files carry
     optional = {"sliding_window", "rope_theta"}
     required = {field.name for field in fields(ModelArgs)} - optional
     check_names(set(params), required, optional)

@@ -10,8 +10,9 @@ print(mx.generate(model, tokenizer, "To be, or not"))
 
 from .attention import Attention as Attention
 from .cache import Cache as Cache
-from .checkpoint import load_model as load_model, save_model as save_model
+from .checkpoint import load_model as load_model
 from .config import ModelConfig as ModelConfig
+from .export import convert as convert, save as save
 from .generation import (
     decode as decode,
     decode_step as decode_step,
@@ -20,7 +21,11 @@ from .generation import (
 )
 from .sampling import Sampling as Sampling
 from .text import Completion as Completion, generate as generate, load as load
-from .tokenizer import Tokenizer as Tokenizer, train_tokenizer as train_tokenizer
+from .tokenizer import (
+    Tokenizer as Tokenizer,
+    load_tokenizer as load_tokenizer,
+    train_tokenizer as train_tokenizer,
+)
 from .transformer import (
     Transformer as Transformer,
     TransformerBlock as TransformerBlock,

@@ -74,11 +74,32 @@ def _evaluate(options: argparse.Namespace) -> None:
     print(f"bits per byte   {nats / math.log(2) / size:.4f}")
 
 
+def _convert(options: argparse.Namespace) -> None:
+    from .export import convert
+
+    convert(
+        options.source,
+        options.target,
+        format=options.to,
+        dtype=options.dtype,
+        max_shard_size=options.max_shard_size,
+        force=options.force,
+    )
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from .inspection import inspect_folder
+
+    for name, value in inspect_folder(options.folder).items():
+        print(f"{name:<12}{value}")
+
+
 def _train(options: argparse.Namespace) -> None:
     import jax
     import jax.numpy as jnp
 
-    from .checkpoint import read_config, save_model
+    from .checkpoint import read_config
+    from .export import save
     from .tokenizer import Tokenizer, check_vocabulary, train_tokenizer
     from .training import fit
     from .transformer import Transformer
@@ -117,7 +138,7 @@ def _train(options: argparse.Namespace) -> None:
         checkpoint=work / "checkpoint.eqx",
     )
     model = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model)
-    save_model(model, out, tokenizer=tokenizer_path)
+    save(model, out, tokenizer=tokenizer_path)
     shutil.rmtree(work)
 
 
@@ -203,6 +224,42 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="only the last tenth, which training never sees",
     )
+
+    convert = command(
+        "convert",
+        _convert,
+        "write a model in the other format, or in another dtype",
+        "convert mistral-7B-v0.3 mistral-7B-v0.3-hf --to huggingface",
+    )
+    convert.add_argument("source", metavar="SRC", help="folder of a model")
+    convert.add_argument("target", metavar="DST", help="folder to make")
+    convert.add_argument(
+        "--to",
+        choices=["mistral", "huggingface"],
+        help="format to write; the one that SRC is not by default",
+    )
+    convert.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float16", "float32"],
+        help="of the weights; SRC's by default",
+    )
+    convert.add_argument(
+        "--max-shard-size",
+        default="5GB",
+        metavar="SIZE",
+        help="most bytes in a file of Hugging Face's format (5GB); Mistral's is one file",
+    )
+    convert.add_argument(
+        "--force", action="store_true", help="replace a model that is in DST"
+    )
+
+    inspect = command(
+        "inspect",
+        _inspect,
+        "say what is in a folder, without reading its weights",
+        "inspect mistral-7B-v0.3",
+    )
+    inspect.add_argument("folder", metavar="FOLDER", help="folder of a model")
 
     train = command(
         "train",

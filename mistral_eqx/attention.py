@@ -8,9 +8,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int32, PRNGKeyArray
 
 from .cache import LayerCache
-from .config import ModelConfig
+from .config import Llama4Scaling, ModelConfig
 from .layers import Linear
-from .rope import rotate
+from .rope import query_scale, rotate
 
 
 def visible(
@@ -69,11 +69,15 @@ class Attention(eqx.Module):
     n_kv_heads: int = eqx.field(static=True)
     head_dim: int = eqx.field(static=True)
     window: int | None = eqx.field(static=True)
+    scaling: Llama4Scaling | None = eqx.field(static=True)
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, key: PRNGKeyArray):
+    def __init__(
+        self, config: ModelConfig, layer: int = 0, *, dtype: DTypeLike, key: PRNGKeyArray
+    ):
         """**Arguments:**
 
         - `config`: of the model.
+        - `layer`: which one, from 0: layers may differ in their windows.
         - `dtype`: of the weights.
         - `key`: for their initialisation.
         """
@@ -87,7 +91,8 @@ class Attention(eqx.Module):
         self.n_heads = config.n_heads
         self.n_kv_heads = config.n_kv_heads
         self.head_dim = config.head_dim
-        self.window = config.sliding_window
+        self.window = config.windows[layer]
+        self.scaling = config.llama_4_scaling
 
     def __call__(
         self,
@@ -115,6 +120,9 @@ class Attention(eqx.Module):
         values = self.wv(x).reshape(seq, self.n_kv_heads, self.head_dim)
         # Keys are stored turned by their own position: the ring needs no order.
         queries, keys = rotate(queries, *rotation), rotate(keys, *rotation)
+        if self.scaling is not None:
+            scale = query_scale(positions, self.scaling).astype(queries.dtype)
+            queries = queries * scale[:, None, None]
         if cache is None:
             out = self._attend_sequence(queries, keys, values, positions)
         else:

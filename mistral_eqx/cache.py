@@ -81,13 +81,14 @@ class Cache(eqx.Module):
             window the ring is as long as that; with one it may be anything longer.
         - `dtype`: of the keys and values.
         """
-        slots = ring_size(config.sliding_window, chunk=chunk, max_length=max_length)
-        shape = (*padding.shape, config.n_kv_heads, slots, config.head_dim)
-        # Each its own array: a donated buffer may be given away once only.
-        self.layers = tuple(
-            LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-            for _ in range(config.n_layers)
-        )
+
+        def layer(window: int | None) -> LayerCache:
+            slots = ring_size(window, chunk=chunk, max_length=max_length)
+            shape = (*padding.shape, config.n_kv_heads, slots, config.head_dim)
+            # Each its own array: a donated buffer may be given away once only.
+            return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+        self.layers = tuple(layer(window) for window in config.windows)
         self.length = jnp.zeros((), jnp.int32)
         self.padding = padding.astype(jnp.int32)
 

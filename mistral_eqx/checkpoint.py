@@ -1,34 +1,215 @@
-"""Mistral's own files: `params.json` and `consolidated.safetensors`, read and written.
+"""Folders of weights: opened, checked, loaded straight onto devices.
 
-The path of a weight in the model is its name in the file, so nothing here knows what a
-Mistral looks like: a skeleton of the model without any numbers says which arrays it needs,
-and each is read from the file straight to where it belongs.
+A folder is in Mistral's own format (`params.json`, `consolidated.*`) or in Hugging Face's
+(`config.json`, `model*.safetensors`, `pytorch_model*.bin`). Opening it gives tensors under
+Mistral's names that have not been read. The path of a weight in the model is its name, so
+a skeleton of the model without any numbers says which arrays it needs, and each is read
+straight to where it belongs.
 """
 
+import dataclasses
+import functools
 import json
+import logging
 import os
-import shutil
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-import safetensors
-import safetensors.numpy
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 from tqdm import tqdm
 
 from .config import ModelConfig
+from .huggingface import (
+    config_from_json,
+    from_huggingface,
+    huggingface_name,
+    unstack_experts,
+)
 from .transformer import Transformer
+from .weights import DTYPES, StoredTensor, open_safetensors, open_torch
 
 
-_PARAMS = "params.json"
-_WEIGHTS = "consolidated.safetensors"
-_DTYPES = {"BF16": jnp.bfloat16, "F16": jnp.float16, "F32": jnp.float32}
+MISTRAL, HUGGINGFACE = "mistral", "huggingface"
+CONFIGS = {MISTRAL: "params.json", HUGGINGFACE: "config.json"}
+# Where each format keeps its weights, the best first: one file, an index of several, or
+# several without an index.
+_WEIGHTS = {
+    MISTRAL: (
+        "consolidated.safetensors",
+        "consolidated.safetensors.index.json",
+        "consolidated.[0-9][0-9].pth",
+        "consolidated.[0-9][0-9].pt",
+    ),
+    HUGGINGFACE: (
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A folder that has been opened, and whose numbers have not been read.
+
+    **Attributes:**
+
+    - `folder`: where it is.
+    - `format`: `"mistral"` or `"huggingface"`.
+    - `config`: of the model.
+    - `files`: that hold the weights.
+    - `tensors`: by Mistral's names, with Mistral's rows.
+    """
+
+    folder: Path
+    format: str
+    config: ModelConfig
+    files: tuple[Path, ...]
+    tensors: Mapping[str, StoredTensor]
+
+    def check(self) -> None:
+        """Compares the headers with what the config needs.
+
+        **Raises:**
+
+        `ValueError` that names the file, the key and what to do.
+        """
+        config_file = CONFIGS[self.format]
+        inside = {int(m[1]) for m in map(_LAYER.match, self.tensors) if m is not None}
+        if len(inside) != self.config.n_layers:
+            raise ValueError(
+                f"{self.folder} does not fit its {config_file}: that makes "
+                f"{self.config.n_layers} layers, and the files hold {len(inside)}. Are "
+                "they of the same model, and all there?"
+            )
+        shapes = weight_shapes(self.config)
+        missing = [name for name in shapes if name not in self.tensors]
+        extra = [name for name in self.tensors if name not in shapes]
+        if missing or extra:
+            in_file = huggingface_name if self.format == HUGGINGFACE else str
+            told = [
+                f"{what} {', '.join(map(in_file, names[:5]))}"
+                + (" and more" if len(names) > 5 else "")
+                for what, names in (("lacks", missing), ("has the unknown", extra))
+                if names
+            ]
+            files = ", ".join(file.name for file in self.files)
+            raise ValueError(
+                f"{self.folder} does not fit its {config_file}: {files} "
+                f"{' and '.join(told)} ({len(missing)} missing, {len(extra)} too many)."
+            )
+        for name, shape in shapes.items():
+            tensor = self.tensors[name]
+            if tensor.shape != shape:
+                raise ValueError(
+                    f"{tensor.file}: {tensor.name} has shape {tensor.shape}, but "
+                    f"{config_file} makes it {shape}. Are they of the same model?"
+                )
+            if tensor.dtype not in DTYPES:
+                raise ValueError(
+                    f"{tensor.file}: {tensor.name} holds numbers of type {tensor.dtype}. "
+                    f"Only {', '.join(DTYPES)} can be read: get the weights without "
+                    "quantization."
+                )
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The type that holds all of the numbers as they are."""
+        dtypes = {tensor.dtype for tensor in self.tensors.values()}
+        return DTYPES[dtypes.pop()] if len(dtypes) == 1 else DTYPES["F32"]
+
+
+_LAYER = re.compile(r"layers\.(\d+)\.")
+
+
+def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The name and the shape of every weight, as Mistral's files have them."""
+    dim, hidden, vocab = config.dim, config.hidden_dim, config.vocab_size
+    queries, keys = (n * config.head_dim for n in (config.n_heads, config.n_kv_heads))
+    matrices = {"w1": (hidden, dim), "w2": (dim, hidden), "w3": (hidden, dim)}
+    shapes = {"tok_embeddings.weight": (vocab, dim)}
+    for i in range(config.n_layers):
+        layer = f"layers.{i}"
+        shapes |= {
+            f"{layer}.attention.wq.weight": (queries, dim),
+            f"{layer}.attention.wk.weight": (keys, dim),
+            f"{layer}.attention.wv.weight": (keys, dim),
+            f"{layer}.attention.wo.weight": (dim, queries),
+        }
+        networks = [f"{layer}.feed_forward"]
+        if config.moe is not None:
+            shapes[f"{layer}.feed_forward.gate.weight"] = (config.moe.num_experts, dim)
+            experts = range(config.moe.num_experts)
+            networks = [f"{layer}.feed_forward.experts.{expert}" for expert in experts]
+        for network in networks:
+            for matrix, shape in matrices.items():
+                shapes[f"{network}.{matrix}.weight"] = shape
+        shapes[f"{layer}.attention_norm.weight"] = (dim,)
+        shapes[f"{layer}.ffn_norm.weight"] = (dim,)
+    shapes["norm.weight"] = (dim,)
+    if not config.tied_embeddings:
+        shapes["output.weight"] = (vocab, dim)
+    return shapes
+
+
+def weight_name(path: tuple) -> str:
+    """The name of a weight in Mistral's files, from its path in the model:
+    `.layers[0].attention.wq.weight` is `layers.0.attention.wq.weight`."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def read_config(folder: str | os.PathLike) -> ModelConfig:
+    """Reads and checks a folder's `params.json` or `config.json`. Raises as
+    [`load_model`][] does."""
+    folder = Path(folder)
+    return _read_config(folder, _format(folder))
+
+
+def open_checkpoint(folder: str | os.PathLike) -> Checkpoint:
+    """Opens a folder in either format, without reading any weights.
+
+    **Raises:**
+
+    `FileNotFoundError` for a missing folder or file, `ValueError` for a damaged one.
+    """
+    folder = Path(folder)
+    format = _format(folder)
+    config = _read_config(folder, format)
+    files, names = _weight_files(folder, format)
+    tensors = {}
+    for file in tqdm(files, "open", unit="file", delay=1, disable=None):
+        opened = (open_safetensors if file.suffix == ".safetensors" else open_torch)(file)
+        if twice := sorted(opened.keys() & tensors.keys()):
+            raise ValueError(
+                f"{file} and {tensors[twice[0]].file} both hold {twice[0]}. Weights split "
+                "across files by their rows or columns cannot be read."
+            )
+        tensors |= opened
+    if names is not None and names.keys() != tensors.keys():
+        wrong = sorted(names.keys() ^ tensors.keys())[0]
+        told = (
+            f"names {wrong}, which {names[wrong]} does not hold"
+            if wrong in names
+            else f"does not name {wrong}, which {tensors[wrong].file.name} holds"
+        )
+        raise ValueError(f"The index of {folder} {told}. Download the folder again.")
+    if format == HUGGINGFACE:
+        tensors = from_huggingface(tensors, config.head_dim)
+    elif config.moe is not None:
+        tensors = unstack_experts(tensors, config.moe.num_experts)
+    if config.tied_embeddings:
+        # Some files keep the embeddings twice. There is one array.
+        tensors.pop("output.weight", None)
+    return Checkpoint(folder, format, config, files, tensors)
 
 
 def load_model(
@@ -37,16 +218,19 @@ def load_model(
     dtype: DTypeLike | None = None,
     shardings: PyTree | None = None,
 ) -> Transformer:
-    """Loads a model from a folder in Mistral's own format.
+    """Loads a model from a folder in Mistral's own format or in Hugging Face's. If a folder
+    has both, Mistral's is read.
 
     **Arguments:**
 
-    - `folder`: holds `params.json` and `consolidated.safetensors`.
+    - `folder`: holds `params.json` and `consolidated.safetensors` (or
+        `consolidated.00.pth`, ...), or `config.json` and `model.safetensors` (or several
+        with an index, or `pytorch_model.bin`).
     - `dtype`: of the weights. By default they keep the file's, except on a CPU, where
         float32 is both faster and exact and is chosen if the model fits in half of the
         machine's memory that way.
     - `shardings`: a tree like the model with a `jax.sharding.Sharding` at each array, or
-        one sharding for all. Each device then reads its own part of the file.
+        one sharding for all. Each device then reads its own part of the files.
 
     **Returns:**
 
@@ -55,11 +239,12 @@ def load_model(
     **Raises:**
 
     `FileNotFoundError` for a missing folder or file; `ValueError` for one whose content
-    is damaged or does not belong to the other's. The message names the file, the key and
-    what to do.
+    is damaged or does not belong to the other's, or a model that is not implemented. The
+    message names the file, the key and what to do.
     """
-    folder = Path(folder)
-    config = read_config(folder)
+    checkpoint = open_checkpoint(folder)
+    checkpoint.check()
+    config, tensors = checkpoint.config, checkpoint.tensors
     skeleton = eqx.filter_eval_shape(Transformer, config, key=jr.key(0))
     leaves, treedef = jax.tree_util.tree_flatten_with_path(skeleton)
     names = [weight_name(path) for path, _ in leaves]
@@ -69,135 +254,130 @@ def load_model(
         shardings = [shardings] * len(names)
     else:
         shardings = treedef.flatten_up_to(shardings)
-
-    path = folder / _WEIGHTS
-    with _open(path) as file:
-        shapes = {name: leaf.shape for name, (_, leaf) in zip(names, leaves)}
-        stored = _check(path, file, shapes)
-        if dtype is None:
-            dtype = _default_dtype(config, stored)
-        weights = [
-            _read(file, name, shapes[name], dtype, sharding)
-            for name, sharding in tqdm(
-                list(zip(names, shardings)), "load", unit="tensor", disable=None
-            )
-        ]
+    dtype = np.dtype(_default_dtype(checkpoint) if dtype is None else dtype)
+    bar = tqdm(
+        desc="load",
+        total=sum(tensor.size * dtype.itemsize for tensor in tensors.values()),
+        unit="B",
+        unit_scale=True,
+        disable=None,
+    )
+    weights = []
+    with bar:
+        for name, sharding in zip(names, shardings):
+            tensor = tensors[name]
+            read = functools.partial(tensor.array, dtype=dtype)
+            weights.append(jax.make_array_from_callback(tensor.shape, sharding, read))
+            bar.update(tensor.size * dtype.itemsize)
     return jax.tree_util.tree_unflatten(treedef, weights)
 
 
-def save_model(
-    model: Transformer,
-    folder: str | os.PathLike,
-    *,
-    tokenizer: str | os.PathLike | None = None,
-) -> None:
-    """Writes a model in Mistral's own format, in the dtype that it has.
-
-    **Arguments:**
-
-    - `model`: what to write.
-    - `folder`: to be made. It has another name until it is whole.
-    - `tokenizer`: the path of a `tokenizer.model` to put beside the weights.
-
-    **Raises:**
-
-    `FileExistsError` if `folder` is there already: nothing is overwritten.
-    """
-    folder = Path(folder)
-    if folder.exists():
-        raise FileExistsError(f"{folder} is there already. Move it, or save elsewhere.")
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    if tokenizer is not None:
-        shutil.copyfile(tokenizer, partial / "tokenizer.model")
-    params = json.dumps(model.config.to_params(), indent=4)
-    (partial / _PARAMS).write_text(params + "\n", encoding="utf-8")
-    leaves, _ = jax.tree_util.tree_flatten_with_path(model)
-    weights = {weight_name(path): np.asarray(leaf) for path, leaf in leaves}
-    safetensors.numpy.save_file(weights, partial / _WEIGHTS, {"format": "pt"})
-    partial.replace(folder)
-
-
-def read_config(folder: str | os.PathLike) -> ModelConfig:
-    """Reads and checks `params.json`. Raises as [`load_model`][] does."""
-    folder = Path(folder)
-    if not folder.is_dir():
+def _format(folder: Path) -> str:
+    """The format of a folder: the one whose config and weights are both there. Mistral's
+    comes first: its rows need not be permuted."""
+    if not folder.exists():
         raise FileNotFoundError(f"There is no folder {folder}.")
-    path = folder / _PARAMS
-    if not path.is_file():
+    if not folder.is_dir():
         raise FileNotFoundError(
-            f"There is no {_PARAMS} in {folder}. It comes with the weights: download the "
-            "whole folder."
+            f"There is no folder {folder}: it is a file. Name the folder it is in."
         )
-    try:
-        params = json.loads(path.read_text(encoding="utf-8"))
-        return ModelConfig.from_params(params)
-    except ValueError as error:  # what json raises is one too
-        raise ValueError(f"{path} cannot be used: {error}") from error
-
-
-def weight_name(path: tuple) -> str:
-    """The name of a weight in Mistral's files, from its path in the model:
-    `.layers[0].attention.wq.weight` is `layers.0.attention.wq.weight`."""
-    return jax.tree_util.keystr(path, simple=True, separator=".")
-
-
-def _open(path: Path):
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"There is no {path.name} in {path.parent}, which holds the weights."
-        )
-    try:
-        return safetensors.safe_open(path, framework="numpy")
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} is damaged or not whole ({error}). Download it again."
-        ) from error
-
-
-def _check(path: Path, file, shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """Compares the header with what the model needs; returns the dtype of the file."""
-    keys = set(file.keys())
-    missing, extra = sorted(shapes.keys() - keys), sorted(keys - shapes.keys())
-    if missing or extra:
-        told = [
-            f"{what} {', '.join(names[:5])}" + (" and more" if len(names) > 5 else "")
-            for what, names in (("lacks", missing), ("has the unknown", extra))
-            if names
-        ]
-        raise ValueError(
-            f"{path} does not fit {_PARAMS}: it {' and '.join(told)} "
-            f"({len(missing)} missing, {len(extra)} too many)."
-        )
-    dtypes = set()
-    for name, shape in shapes.items():
-        header = file.get_slice(name)
-        if tuple(header.get_shape()) != shape:
+    configs = [f for f in CONFIGS if (folder / CONFIGS[f]).is_file()]
+    if not configs:
+        if any(folder.glob("adapter_*")) or any(folder.glob("*lora*")):
             raise ValueError(
-                f"{path}: {name} has shape {tuple(header.get_shape())}, but "
-                f"{_PARAMS} makes it {shape}."
+                f"{folder} holds a LoRA adapter and no model. Load the model that it was "
+                "trained for."
             )
-        dtypes.add(header.get_dtype())
-    if unknown := dtypes - _DTYPES.keys():
-        raise ValueError(
-            f"{path} holds numbers of type {', '.join(sorted(unknown))}. Only "
-            f"{', '.join(_DTYPES)} can be read: get the weights without quantization."
+        raise FileNotFoundError(
+            f"There is no params.json in {folder}, and no config.json. It comes with the "
+            "weights: download the whole folder."
         )
-    return max(dtypes)  # F32 if any is
+    whole = [f for f in configs if any(_found(folder, pattern) for pattern in _WEIGHTS[f])]
+    if len(whole) == 2:
+        _say_which(folder)
+    return (whole or configs)[0]
 
 
-def _read(file, name: str, shape: tuple[int, ...], dtype, sharding) -> jax.Array:
-    rows = file.get_slice(name)
-    return jax.make_array_from_callback(
-        shape, sharding, lambda index: np.asarray(rows[index]).astype(dtype)
+@functools.cache
+def _say_which(folder: Path) -> None:
+    logging.getLogger(__name__).warning(
+        f"{folder} holds the weights in Mistral's and in Hugging Face's format. "
+        "Mistral's are used."
     )
 
 
-def _default_dtype(config: ModelConfig, stored: str) -> DTypeLike:
+def _found(folder: Path, pattern: str) -> list[Path]:
+    return sorted(folder.glob(pattern))
+
+
+def _read_config(folder: Path, format: str) -> ModelConfig:
+    path = folder / CONFIGS[format]
+    try:
+        content = _read_json(path)
+        if format == HUGGINGFACE or (
+            isinstance(content, dict) and "hidden_size" in content
+        ):
+            return config_from_json(content)
+        return ModelConfig.from_params(content)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used: {error}") from error
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:  # what else json raises is a ValueError
+        raise ValueError("it is nested too deeply.") from error
+
+
+def _weight_files(
+    folder: Path, format: str
+) -> tuple[tuple[Path, ...], Mapping[str, str] | None]:
+    """The files that hold the weights, and what their index says, if they have one."""
+    for pattern in _WEIGHTS[format]:
+        files = _found(folder, pattern)
+        if not files:
+            continue
+        if pattern.endswith(".index.json"):
+            return _read_index(files[0])
+        for number, file in enumerate(files):
+            if len(files) > 1 and f".{number:02}." not in file.name:
+                raise FileNotFoundError(
+                    f"{folder} lacks consolidated.{number:02}{file.suffix}, but has "
+                    f"{files[-1].name}. Download the whole folder."
+                )
+        return tuple(files), None
+    raise FileNotFoundError(
+        f"There is no {_WEIGHTS[format][0]} in {folder}, nor any other weights that go "
+        f"with its {CONFIGS[format]}. Download the whole folder."
+    )
+
+
+def _read_index(path: Path) -> tuple[tuple[Path, ...], Mapping[str, str]]:
+    try:
+        index = _read_json(path)
+        places = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(places, dict) or not places:
+            raise ValueError("it has no weight_map.")
+        for file in places.values():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise ValueError(
+                    f"its weight_map names {file!r}, which is no file beside it."
+                )
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used: {error}") from error
+    files = sorted(set(places.values()))
+    for file in files:
+        if not (path.parent / file).is_file():
+            raise FileNotFoundError(
+                f"{path} names {file}, which is not there. Download the whole folder."
+            )
+    return tuple(path.parent / file for file in files), places
+
+
+def _default_dtype(checkpoint: Checkpoint) -> DTypeLike:
     if jax.default_backend() != "cpu":
-        return _DTYPES[stored]
-    skeleton = eqx.filter_eval_shape(Transformer, config, key=jr.key(0))
-    size = sum(4 * leaf.size for leaf in jax.tree.leaves(skeleton))
+        return checkpoint.dtype
+    size = sum(4 * tensor.size for tensor in checkpoint.tensors.values())
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return jnp.float32 if size <= memory / 2 else _DTYPES[stored]
+    return jnp.float32 if size <= memory / 2 else checkpoint.dtype

@@ -6,6 +6,80 @@ from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
+class Yarn:
+    """How rotary frequencies are stretched for contexts longer than those trained on.
+    YaRN (arXiv 2309.00071).
+
+    **Arguments:**
+
+    - `factor`: how many times longer.
+    - `original_max_position_embeddings`: the context trained on, in tokens.
+    - `beta`: pairs that turn more often than this within that context are left alone.
+    - `alpha`: pairs that turn less often than this are slowed down by `factor`; between
+        the two, by something between.
+    - `apply_scale`: whether the angles' cosine and sine are also scaled, by
+        `0.1 * log(factor) + 1`.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+    beta: float
+    alpha: float
+    apply_scale: bool
+
+    def __post_init__(self):
+        _check_integer("yarn.original_max_position_embeddings", self)
+        for name in ("factor", "beta", "alpha"):
+            _check_number(f"yarn.{name}", self)
+        if self.factor < 1 or self.beta <= self.alpha:
+            raise ValueError(
+                "yarn.factor must be 1 or more and yarn.beta greater than yarn.alpha, got "
+                f"{self.factor}, {self.beta} and {self.alpha}."
+            )
+        if type(self.apply_scale) is not bool:
+            raise ValueError(
+                f"yarn.apply_scale must be true or false, got {self.apply_scale!r}."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama4Scaling:
+    """Multiplies the query at position `p` by
+    `1 + beta * log(1 + floor(p / original_max_position_embeddings))`, so that attention
+    stays decided among many keys."""
+
+    original_max_position_embeddings: int
+    beta: float
+
+    def __post_init__(self):
+        _check_integer("llama_4_scaling.original_max_position_embeddings", self)
+        _check_number("llama_4_scaling.beta", self)
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """A sparse mixture of experts in place of every feed-forward network.
+
+    **Arguments:**
+
+    - `num_experts`: how many there are.
+    - `num_experts_per_tok`: how many of them each token goes through.
+    """
+
+    num_experts: int
+    num_experts_per_tok: int
+
+    def __post_init__(self):
+        for name in ("num_experts", "num_experts_per_tok"):
+            _check_integer(f"moe.{name}", self)
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"moe.num_experts_per_tok ({self.num_experts_per_tok}) must not be more "
+                f"than moe.num_experts ({self.num_experts})."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """What `params.json` says about a model. Hashable, so that it can be static.
 
@@ -16,14 +90,21 @@ class ModelConfig:
     - `dim`: width of the residual stream.
     - `n_layers`: number of transformer blocks.
     - `head_dim`: width of one attention head; even, and not always `dim / n_heads`.
-    - `hidden_dim`: width inside the feed-forward network.
+    - `hidden_dim`: width inside the feed-forward network, or inside each expert.
     - `n_heads`: query heads; a multiple of `n_kv_heads`.
     - `n_kv_heads`: key and value heads, each shared by `n_heads / n_kv_heads` queries.
     - `norm_eps`: added to the mean square in RMSNorm.
     - `vocab_size`: number of token ids.
     - `rope_theta`: base of the rotary frequencies. `None` follows the released
         weights, whose oldest files do not say: 1e4 with a window, 1e6 without.
-    - `sliding_window`: how many keys a query sees, itself included; `None` for all.
+    - `sliding_window`: how many keys a query sees, itself included; `None` for all. A
+        tuple of these is repeated over the layers, as in Ministral 8B.
+    - `max_position_embeddings`: the longest context trained for, in tokens. Nothing here
+        depends on it; other programs want to know.
+    - `tied_embeddings`: whether the logits are products with the embeddings themselves.
+    - `yarn`, `llama_4_scaling`: how long contexts are treated; see [`Yarn`][] and
+        [`Llama4Scaling`][].
+    - `moe`: the experts of a Mixtral; see [`MoEConfig`][].
 
     **Raises:**
 
@@ -39,23 +120,27 @@ class ModelConfig:
     norm_eps: float
     vocab_size: int
     rope_theta: float | None = None
-    sliding_window: int | None = None
+    sliding_window: int | tuple[int | None, ...] | None = None
+    max_position_embeddings: int | None = None
+    tied_embeddings: bool = False
+    yarn: Yarn | None = None
+    llama_4_scaling: Llama4Scaling | None = None
+    moe: MoEConfig | None = None
 
     def __post_init__(self):
         if self.rope_theta is None:
             theta = 1e6 if self.sliding_window is None else 1e4
             object.__setattr__(self, "rope_theta", theta)
         for name in _POSITIVE_INTEGERS:
-            value = getattr(self, name)
-            optional = name == "sliding_window" and value is None
-            # `True` is an `int` in Python, and JSON has `true`.
-            if not optional and (type(value) is not int or value < 1):
-                raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+            _check_integer(name, self)
+        if self.max_position_embeddings is not None:
+            _check_integer("max_position_embeddings", self)
         for name in ("norm_eps", "rope_theta"):
-            value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be a positive number, got {value!r}.")
-            object.__setattr__(self, name, float(value))
+            _check_number(name, self)
+        if type(self.tied_embeddings) is not bool:
+            raise ValueError(
+                f"tied_embeddings must be true or false, got {self.tied_embeddings!r}."
+            )
         if self.n_heads % self.n_kv_heads != 0:
             raise ValueError(
                 f"n_heads ({self.n_heads}) must be a multiple of n_kv_heads "
@@ -66,6 +151,34 @@ class ModelConfig:
                 f"head_dim must be even, got {self.head_dim}: rotary embeddings turn "
                 "pairs of features."
             )
+        if self.yarn is not None and self.rope_theta <= 1:
+            raise ValueError(f"rope_theta must be above 1 for yarn, got {self.rope_theta}.")
+        period = self._window_period
+        if not period or not all(w is None or _is_positive_integer(w) for w in period):
+            raise ValueError(
+                "sliding_window must be a positive integer, null, or a list of these, got "
+                f"{self.sliding_window!r}."
+            )
+        if self.n_layers % len(period) != 0:
+            raise ValueError(
+                f"sliding_window has {len(period)} entries, which cannot be repeated over "
+                f"{self.n_layers} layers."
+            )
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """How many keys a query sees in each layer; `None` for all."""
+        return self._window_period * (self.n_layers // len(self._window_period))
+
+    @property
+    def smallest_window(self) -> int | None:
+        """The smallest of `windows`; `None` if no layer has one."""
+        return min((w for w in self.windows if w is not None), default=None)
+
+    @property
+    def _window_period(self) -> tuple[int | None, ...]:
+        window = self.sliding_window
+        return window if isinstance(window, tuple) else (window,)
 
     @staticmethod
     def from_params(params: Mapping[str, Any]) -> "ModelConfig":
@@ -78,22 +191,43 @@ class ModelConfig:
         """
         if not isinstance(params, Mapping):
             raise ValueError(f"params.json must hold an object, got {params!r}.")
-        fields = dataclasses.fields(ModelConfig)
-        required = {f.name for f in fields if f.default is dataclasses.MISSING}
-        missing = sorted(required - params.keys())
-        unknown = sorted(params.keys() - {f.name for f in fields})
-        if missing:
-            raise ValueError(f"params.json lacks {', '.join(missing)}.")
-        if unknown:
-            raise ValueError(
-                f"params.json has {', '.join(unknown)}, which this model does not "
-                "implement: running without it would give wrong text."
-            )
-        return ModelConfig(**params)
+        params = dict(params)
+        for other, name in _OTHER_NAMES.items():
+            if other in params:
+                value = params.pop(other)
+                if params.setdefault(name, value) != value:
+                    raise ValueError(
+                        f"params.json has {other} ({value!r}) and {name} "
+                        f"({params[name]!r}), which mean the same."
+                    )
+        sections = {"yarn": Yarn, "llama_4_scaling": Llama4Scaling, "moe": MoEConfig}
+        for name, section in sections.items():
+            if params.get(name) is not None:
+                params[name] = _from_mapping(
+                    section, params[name], f"{name} of params.json"
+                )
+        window = params.get("sliding_window")
+        if params.get("moe") is not None:
+            # The first Mixtral files say 4096 or "4096". None was trained with a window.
+            window = None
+        elif isinstance(window, str) and window.isdecimal():
+            window = int(window)
+        elif isinstance(window, list):
+            window = tuple(window)
+        params["sliding_window"] = window
+        return _from_mapping(ModelConfig, params, "params.json")
 
     def to_params(self) -> dict[str, Any]:
-        """The content of a `params.json` that `from_params` reads back."""
-        return dataclasses.asdict(self)
+        """The content of a `params.json` that `from_params` reads back. What newer models
+        have and this one does not is left out, for older readers."""
+        params = dataclasses.asdict(self)
+        optional = list(params)[list(params).index("max_position_embeddings") :]
+        for name in optional:
+            if not params[name]:
+                del params[name]
+        if isinstance(self.sliding_window, tuple):
+            params["sliding_window"] = list(self.sliding_window)
+        return params
 
 
 _POSITIVE_INTEGERS = (
@@ -104,5 +238,64 @@ _POSITIVE_INTEGERS = (
     "n_heads",
     "n_kv_heads",
     "vocab_size",
-    "sliding_window",
 )
+_OTHER_NAMES = {
+    "_sliding_window": "sliding_window",
+    "max_seq_len": "max_position_embeddings",
+}
+# How the reference is run, not what the model is.
+_WITHOUT_EFFECT = {"max_batch_size", "expert_parallel", "expert_model_parallel"}
+# The one value of each that this model implements, which newer files spell out.
+_ONLY_VALUES = (
+    ("model_type", "transformer"),
+    ("activation", "silu"),
+    ("use_biases", False),
+    ("causal", True),
+    ("num_shared_experts", 0),
+    ("route_every_n", 1),
+)
+
+
+def _from_mapping(cls: type, values: Any, where: str) -> Any:
+    """Makes a dataclass from a mapping with exactly its fields."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where} must be an object, got {values!r}.")
+    fields = dataclasses.fields(cls)
+    names = {f.name for f in fields}
+    without_effect = {
+        key
+        for key, value in values.items()
+        if value is None or key in _WITHOUT_EFFECT or (key, value) in _ONLY_VALUES
+    }
+    missing = sorted(
+        {f.name for f in fields if f.default is dataclasses.MISSING} - values.keys()
+    )
+    unknown = sorted(values.keys() - names - without_effect)
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(missing)}.")
+    if unknown:
+        raise ValueError(
+            f"{where} has {', '.join(unknown)}, which this model does not "
+            "implement: running without it would give wrong text."
+        )
+    return cls(**{name: values[name] for name in names & values.keys()})
+
+
+def _is_positive_integer(value: Any) -> bool:
+    # `True` is an `int` in Python, and JSON has `true`.
+    return type(value) is int and 0 < value < 2**31
+
+
+def _check_integer(name: str, owner: Any) -> None:
+    value = getattr(owner, name.split(".")[-1])
+    if not _is_positive_integer(value):
+        raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+
+
+def _check_number(name: str, owner: Any) -> None:
+    """Checks a number, and makes it a `float` where JSON had an integer."""
+    field = name.split(".")[-1]
+    value = getattr(owner, field)
+    if type(value) not in (int, float) or not 0 < value < 1e300:
+        raise ValueError(f"{name} must be a positive number, got {value!r}.")
+    object.__setattr__(owner, field, float(value))

@@ -69,7 +69,7 @@ def prefill(
     `ValueError` for no prompts, an empty one, or an id that the vocabulary does not have.
     """
     _check_prompts(prompts, model.config.vocab_size)
-    chunk = _checked_chunk(chunk, model.config.sliding_window)
+    chunk = _checked_chunk(chunk, model.config.smallest_window)
     longest = max(len(prompt) for prompt in prompts)
     length = _padded_length(longest, chunk)
     tokens = np.zeros((len(prompts), length), np.int32)
@@ -270,7 +270,7 @@ def score(
     _check_prompts([tokens], model.config.vocab_size)
     if len(tokens) < 2:
         raise ValueError("A text of one token has nothing to score.")
-    chunk = _checked_chunk(chunk, model.config.sliding_window)
+    chunk = _checked_chunk(chunk, model.config.smallest_window)
     inputs, targets = (
         np.asarray(tokens[:-1], np.int32),
         np.asarray(tokens[1:], np.int32),

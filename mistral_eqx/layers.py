@@ -10,8 +10,18 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 
+def project(
+    x: Float[Array, "*seq in"], weight: Float[Array, "out in"]
+) -> Float[Array, "*seq out"]:
+    """The product with a weight matrix: the one place where one is multiplied by."""
+    # Sums are float32 whatever the weights are. Without it XLA:CPU multiplies
+    # bfloat16 on a path that is ten times slower.
+    out = jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=jnp.float32)
+    return out.astype(x.dtype)
+
+
 class Linear(eqx.Module):
-    """A matrix product without bias: the one place where a weight is multiplied by."""
+    """A matrix product without bias."""
 
     weight: Float[Array, "out in"]
 
@@ -26,12 +36,7 @@ class Linear(eqx.Module):
         self.weight = scale * jr.normal(key, (out_size, in_size), dtype)
 
     def __call__(self, x: Float[Array, "*seq in"]) -> Float[Array, "*seq out"]:
-        # Sums are float32 whatever the weights are. Without it XLA:CPU multiplies
-        # bfloat16 on a path that is ten times slower.
-        out = jnp.einsum(
-            "...i,oi->...o", x, self.weight, preferred_element_type=jnp.float32
-        )
-        return out.astype(x.dtype)
+        return project(x, self.weight)
 
 
 class Embedding(eqx.Module):

@@ -1,12 +1,19 @@
 """Rotary position embeddings: a position turns each pair of features by an angle."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
+from .config import Llama4Scaling, Yarn
+
 
 def rotation(
-    positions: Int[Array, "seq"], head_dim: int, theta: float
+    positions: Int[Array, "seq"],
+    head_dim: int,
+    theta: float,
+    yarn: Yarn | None = None,
 ) -> tuple[Float32[Array, "seq half"], Float32[Array, "seq half"]]:
     """The cosine and sine of every position's angles.
 
@@ -21,8 +28,43 @@ def rotation(
     with jax.ensure_compile_time_eval():
         exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
         frequencies = 1.0 / (theta**exponents)
+        if yarn is not None:
+            frequencies = _stretched(frequencies, head_dim, theta, yarn)
     angles = positions.astype(jnp.float32)[:, None] * frequencies[None, :]
-    return jnp.cos(angles), jnp.sin(angles)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if yarn is not None and yarn.apply_scale:
+        scale = 0.1 * math.log(yarn.factor) + 1
+        cos, sin = scale * cos, scale * sin
+    return cos, sin
+
+
+def _stretched(
+    frequencies: Float32[Array, "half"], head_dim: int, theta: float, yarn: Yarn
+) -> Float32[Array, "half"]:
+    """The frequencies of YaRN (arXiv 2309.00071, §3.2): the first pairs, which turn many
+    times within the original context, keep theirs; the last, which have not turned once,
+    are slowed down by the factor, as if the context had been shortened; a ramp between."""
+
+    def pair_that_turns(times: float) -> float:
+        wavelength = yarn.original_max_position_embeddings / times
+        return head_dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(theta))
+
+    first = max(math.floor(pair_that_turns(yarn.beta)), 0)
+    last = min(math.ceil(pair_that_turns(yarn.alpha)), head_dim - 1)
+    last = last if last != first else first + 0.001
+    pairs = jnp.arange(head_dim // 2, dtype=jnp.float32)
+    slowed = jnp.clip((pairs - first) / (last - first), 0, 1)
+    return frequencies * (1 - slowed) + frequencies / yarn.factor * slowed
+
+
+def query_scale(
+    positions: Int[Array, "seq"], scaling: Llama4Scaling
+) -> Float32[Array, "seq"]:
+    """What Llama 4 multiplies the query at each position by: 1 within the original context,
+    then slowly more."""
+    # Pads have negative positions. The logarithm would be of zero.
+    contexts = jnp.maximum(positions, 0) // scaling.original_max_position_embeddings
+    return 1 + scaling.beta * jnp.log1p(contexts.astype(jnp.float32))
 
 
 def rotate(

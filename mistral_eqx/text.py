@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from . import generation
 from .checkpoint import load_model, read_config
 from .sampling import Sampling
-from .tokenizer import Tokenizer, check_vocabulary
+from .tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from .transformer import Transformer
 
 
@@ -47,8 +47,9 @@ def load(
 
     **Arguments:**
 
-    - `folder`: in Mistral's own format, with a `tokenizer.model`. Without it, the model
-        that comes with this package, which has read Shakespeare and the Bible.
+    - `folder`: in Mistral's own format or in Hugging Face's, with a `tokenizer.model` or
+        a `tekken.json`. Without it, the model that comes with this package, which has
+        read Shakespeare and the Bible.
     - `dtype`: of the weights; see [`load_model`][mistral_eqx.load_model].
 
     **Raises:**
@@ -59,7 +60,7 @@ def load(
     folder = TINY_MISTRAL if folder is None else Path(folder)
     # The tokenizer first: it is read in no time, and the weights may take minutes.
     config = read_config(folder)
-    tokenizer = Tokenizer(folder / "tokenizer.model")
+    tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, config.vocab_size)
     return load_model(folder, dtype=dtype), tokenizer
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32, PRNGKeyArray
 from .attention import Attention
 from .cache import Cache, LayerCache
 from .config import ModelConfig
-from .layers import Embedding, FeedForward, Linear, RMSNorm
+from .layers import Embedding, FeedForward, Linear, RMSNorm, project
 from .rope import rotation
 
 
@@ -21,15 +21,18 @@ class TransformerBlock(eqx.Module):
     attention_norm: RMSNorm
     ffn_norm: RMSNorm
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, key: PRNGKeyArray):
+    def __init__(
+        self, config: ModelConfig, layer: int = 0, *, dtype: DTypeLike, key: PRNGKeyArray
+    ):
         """**Arguments:**
 
         - `config`: of the model.
+        - `layer`: which one, from 0.
         - `dtype`: of the weights.
         - `key`: for their initialisation.
         """
         key_attention, key_ffn = jr.split(key)
-        self.attention = Attention(config, dtype=dtype, key=key_attention)
+        self.attention = Attention(config, layer, dtype=dtype, key=key_attention)
         self.feed_forward = FeedForward(
             config.dim, config.hidden_dim, dtype=dtype, key=key_ffn
         )
@@ -65,7 +68,7 @@ class Transformer(eqx.Module):
     tok_embeddings: Embedding
     layers: tuple[TransformerBlock, ...]
     norm: RMSNorm
-    output: Linear
+    output: Linear | None
     config: ModelConfig = eqx.field(static=True)
 
     def __init__(
@@ -81,14 +84,27 @@ class Transformer(eqx.Module):
         - `dtype`: of the weights, and so of everything that the contract does not fix
             to float32.
         - `key`: for the initialisation.
+
+        **Raises:**
+
+        `ValueError` for a mixture of experts, which is not implemented.
         """
+        if config.moe is not None:
+            raise ValueError(
+                "This is a Mixtral: its mixture of experts (moe in params.json) is not "
+                "implemented. It can be converted and inspected, but not run."
+            )
         key_embed, key_out, *keys = jr.split(key, config.n_layers + 2)
         self.tok_embeddings = Embedding(
             config.vocab_size, config.dim, dtype=dtype, key=key_embed
         )
-        self.layers = tuple(TransformerBlock(config, dtype=dtype, key=k) for k in keys)
+        self.layers = tuple(
+            TransformerBlock(config, i, dtype=dtype, key=k) for i, k in enumerate(keys)
+        )
         self.norm = RMSNorm(config.dim, config.norm_eps, dtype=dtype)
-        self.output = Linear(config.dim, config.vocab_size, dtype=dtype, key=key_out)
+        self.output = None
+        if not config.tied_embeddings:
+            self.output = Linear(config.dim, config.vocab_size, dtype=dtype, key=key_out)
         self.config = config
 
     @property
@@ -121,7 +137,8 @@ class Transformer(eqx.Module):
         length = jnp.int32(0) if cache is None else cache.length
         padding = jnp.int32(0) if cache is None else cache.padding
         positions = length - padding + jnp.arange(tokens.shape[0], dtype=jnp.int32)
-        angles = rotation(positions, self.config.head_dim, self.config.rope_theta)
+        config = self.config
+        angles = rotation(positions, config.head_dim, config.rope_theta, config.yarn)
         x = self.tok_embeddings(tokens)
         hidden, layer_caches = [x], []
         for i, block in enumerate(self.layers):
@@ -140,4 +157,9 @@ class Transformer(eqx.Module):
     def logits(self, hidden: Float[Array, "seq dim"]) -> Float32[Array, "seq vocab"]:
         """The logits of the token that follows each: `hidden` is the last of
         `hidden_states`. The product is in the model's dtype, the cast comes after it."""
-        return self.output(self.norm(hidden)).astype(jnp.float32)
+        hidden = self.norm(hidden)
+        if self.output is None:
+            logits = project(hidden, self.tok_embeddings.weight)
+        else:
+            logits = self.output(hidden)
+        return logits.astype(jnp.float32)

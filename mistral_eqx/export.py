@@ -1,0 +1,256 @@
+"""Folders of weights written, from a model in memory or a folder in another format."""
+
+import functools
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.typing import DTypeLike
+from tqdm import tqdm
+
+from .checkpoint import (
+    CONFIGS,
+    HUGGINGFACE,
+    MISTRAL,
+    open_checkpoint,
+    weight_name,
+    weight_shapes,
+)
+from .config import ModelConfig
+from .huggingface import config_to_json, huggingface_name, to_huggingface
+from .transformer import Transformer
+from .weights import DTYPES, StoredTensor, write_safetensors
+
+
+# What is not weights but goes with them.
+_COMPANIONS = (
+    "tokenizer.model",
+    "tokenizer.model.v*",
+    "tekken.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.*",
+    "generation_config.json",
+)
+
+
+def save(
+    model: Transformer,
+    folder: str | os.PathLike,
+    *,
+    format: str = MISTRAL,
+    dtype: DTypeLike | None = None,
+    max_shard_size: int | str = "5GB",
+    tokenizer: Any = None,
+    force: bool = False,
+) -> None:
+    """Writes a model as safetensors, with its config.
+
+    **Arguments:**
+
+    - `model`: what to write.
+    - `folder`: to be made. It has another name until it is whole.
+    - `format`: `"mistral"` for `params.json` and one `consolidated.safetensors`, or
+        `"huggingface"` for `config.json` and `model*.safetensors`, which transformers
+        loads.
+    - `dtype`: of the weights in the files. By default, the model's.
+    - `max_shard_size`: the most bytes in one file of Hugging Face's format: 5e9 or "5GB".
+    - `tokenizer`: a [`Tokenizer`][mistral_eqx.Tokenizer] or the path of its file, to put
+        beside the weights.
+    - `force`: whether to replace a folder with a model in it.
+
+    **Raises:**
+
+    `FileExistsError` if `folder` is there already: nothing is overwritten without `force`.
+    `ValueError` for an unknown format or dtype, or a model that the format cannot hold.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(model)
+    tensors = {}
+    for path, leaf in leaves:
+        name = weight_name(path)
+        kind = next((k for k, v in DTYPES.items() if v == leaf.dtype), str(leaf.dtype))
+        read = functools.partial(_read_array, leaf)
+        tensors[name] = StoredTensor(Path("the model"), name, kind, leaf.shape, read)
+    path = None if tokenizer is None else Path(getattr(tokenizer, "path", tokenizer))
+    _write(
+        model.config,
+        tensors,
+        Path(folder),
+        format=format,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        companions=[] if path is None else [path],
+        force=force,
+    )
+
+
+def convert(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    format: str | None = None,
+    dtype: DTypeLike | None = None,
+    max_shard_size: int | str = "5GB",
+    force: bool = False,
+) -> None:
+    """Writes a folder of weights in another format or dtype, its tokenizer with it. Only a
+    small part of the weights is in memory at any time.
+
+    **Arguments:**
+
+    - `source`: a folder that [`load_model`][] reads, or a Mixtral.
+    - `target`, `dtype`, `max_shard_size`, `force`: see [`save`][].
+    - `format`: `"mistral"` or `"huggingface"`. By default, the one that `source` is not.
+
+    **Raises:**
+
+    As `load_model` and `save` do.
+    """
+    checkpoint = open_checkpoint(source)
+    checkpoint.check()
+    if format is None:
+        format = MISTRAL if checkpoint.format == HUGGINGFACE else HUGGINGFACE
+    order = weight_shapes(checkpoint.config)
+    _write(
+        checkpoint.config,
+        {name: checkpoint.tensors[name] for name in order},
+        Path(target),
+        format=format,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        companions=[f for pattern in _COMPANIONS for f in checkpoint.folder.glob(pattern)],
+        force=force,
+        source=checkpoint.folder,
+    )
+
+
+def _write(
+    config: ModelConfig,
+    tensors: dict[str, StoredTensor],
+    folder: Path,
+    *,
+    format: str,
+    dtype: DTypeLike | None,
+    max_shard_size: int | str,
+    companions: Sequence[Path],
+    force: bool,
+    source: Path | None = None,
+) -> None:
+    # Everything that can go wrong is looked at before the first byte is written.
+    if format not in CONFIGS:
+        raise ValueError(f"format must be {' or '.join(CONFIGS)}, got {format!r}.")
+    if dtype is not None:
+        dtype = np.dtype(dtype)
+    if dtype is not None and dtype not in DTYPES.values():
+        raise ValueError(f"dtype must be bfloat16, float16 or float32, got {dtype}.")
+    sizes = {
+        name: tensor.size * (DTYPES[tensor.dtype] if dtype is None else dtype).itemsize
+        for name, tensor in tensors.items()
+    }
+    dtypes = {
+        DTYPES[tensor.dtype] if dtype is None else dtype for tensor in tensors.values()
+    }
+    if format == HUGGINGFACE:
+        stored = str(dtypes.pop()) if len(dtypes) == 1 else "float32"
+        content = config_to_json(config, stored)
+        shards = _shards(sizes, _bytes(max_shard_size))
+        new_names = {name: huggingface_name(name) for name in tensors}
+        tensors = to_huggingface(tensors, config.head_dim)
+    else:
+        content = config.to_params()
+        shards = {"consolidated.safetensors": list(tensors)}
+        new_names = {name: name for name in tensors}
+    for file in companions:
+        if not file.is_file():
+            raise FileNotFoundError(f"There is no tokenizer at {file}.")
+    _check_target(folder, force=force, source=source)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    total = sum(sizes.values())
+    free = shutil.disk_usage(folder.parent).free
+    if total > free:
+        raise OSError(
+            f"{folder} needs {total / 1e9:.1f} GB, and only {free / 1e9:.1f} GB are free."
+        )
+
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        _write_json(partial / CONFIGS[format], content)
+        for file in companions:
+            shutil.copyfile(file, partial / file.name)
+        with tqdm(
+            desc="write", total=total, unit="B", unit_scale=True, disable=None
+        ) as bar:
+            for shard, names in shards.items():
+                content = {new_names[name]: tensors[new_names[name]] for name in names}
+                write_safetensors(partial / shard, content, dtype, progress=bar.update)
+        if len(shards) > 1:
+            places = {new_names[n]: shard for shard, names in shards.items() for n in names}
+            index = {"metadata": {"total_size": total}, "weight_map": places}
+            _write_json(partial / "model.safetensors.index.json", index)
+        if folder.exists():
+            replaced = folder.with_name(folder.name + ".replaced")
+            folder.rename(replaced)
+            partial.rename(folder)
+            shutil.rmtree(replaced)
+        else:
+            partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _check_target(folder: Path, *, force: bool, source: Path | None) -> None:
+    if not folder.exists():
+        return
+    if not force:
+        raise FileExistsError(
+            f"{folder} is there already. Move it, save elsewhere, or use force."
+        )
+    if not any((folder / name).is_file() for name in CONFIGS.values()):
+        raise FileExistsError(f"{folder} holds no model, and is not replaced.")
+    if source is not None and source.resolve().is_relative_to(folder.resolve()):
+        raise FileExistsError(f"{folder} holds what is converted, and is not replaced.")
+
+
+def _shards(sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:
+    """Cuts a list of tensors into files of `limit` bytes, or of one larger tensor."""
+    shards, size = [[]], 0
+    for name, n in sizes.items():
+        if shards[-1] and size + n > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += n
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {
+        f"model-{i:05}-of-{len(shards):05}.safetensors": names
+        for i, names in enumerate(shards, 1)
+    }
+
+
+def _bytes(size: int | str) -> int:
+    """5000000000 from "5GB"."""
+    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]B)?", str(size).strip().upper())
+    number = 0 if found is None else int(float(found[1]) * units[found[2] or ""])
+    if number < 1:
+        raise ValueError(f'max_shard_size must be like "5GB" or "500MB", got {size!r}.')
+    return number
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
+
+
+def _read_array(leaf: jax.Array, index: tuple[slice, ...]) -> np.ndarray:
+    return np.asarray(leaf[index])

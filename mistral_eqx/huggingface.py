@@ -1,0 +1,407 @@
+"""Hugging Face's format: other names, permuted rows, and `config.json`; and back.
+
+A model is the same in both formats but for three things. Its weights have other names. The
+rows of wq and wk have another order within each head: Mistral's rotary embeddings turn
+neighbours, `(x[2i], x[2i + 1])`, Hugging Face's turn `(x[i], x[i + head_dim / 2])`. And
+`config.json` says in its own words what `params.json` says.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from .config import Llama4Scaling, ModelConfig, MoEConfig, Yarn
+from .weights import Index, StoredTensor
+
+
+# Mistral's names and Hugging Face's, without ".weight".
+_NAMES = {
+    "tok_embeddings": "model.embed_tokens",
+    "norm": "model.norm",
+    "output": "lm_head",
+}
+_NAMES_IN_LAYER = {
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "feed_forward.gate": "block_sparse_moe.gate",
+    "feed_forward.experts": "block_sparse_moe.experts",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+
+
+def huggingface_name(name: str) -> str:
+    """Hugging Face's name of a weight, from Mistral's; an unknown name stays."""
+    return _translated(name, "", _NAMES, "model.", _NAMES_IN_LAYER)
+
+
+def mistral_name(name: str) -> str:
+    """Mistral's name of a weight, from Hugging Face's; an unknown name stays."""
+    top = {there: here for here, there in _NAMES.items()}
+    in_layer = {there: here for here, there in _NAMES_IN_LAYER.items()}
+    return _translated(name, "model.", top, "", in_layer)
+
+
+def _translated(
+    name: str,
+    prefix: str,
+    top: Mapping[str, str],
+    new_prefix: str,
+    in_layer: Mapping[str, str],
+) -> str:
+    layer = re.fullmatch(
+        re.escape(prefix) + r"(layers\.\d+\.)(.+?)((?:\.\d+\.w[123])?\.weight)", name
+    )
+    if layer is not None and layer[2] in in_layer:
+        return f"{new_prefix}{layer[1]}{in_layer[layer[2]]}{layer[3]}"
+    stem = name.removesuffix(".weight")
+    return f"{top[stem]}.weight" if stem in top and stem != name else name
+
+
+def to_huggingface(
+    tensors: Mapping[str, StoredTensor], head_dim: int
+) -> dict[str, StoredTensor]:
+    """Hugging Face's names and rows for tensors with Mistral's."""
+    return {
+        huggingface_name(name): _permuted(tensor, (head_dim // 2, 2))
+        if name.endswith((".wq.weight", ".wk.weight"))
+        else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def from_huggingface(
+    tensors: Mapping[str, StoredTensor], head_dim: int
+) -> dict[str, StoredTensor]:
+    """Mistral's names and rows for tensors with Hugging Face's."""
+    return {
+        mistral_name(name): _permuted(tensor, (2, head_dim // 2))
+        if name.endswith((".q_proj.weight", ".k_proj.weight"))
+        else tensor
+        for name, tensor in tensors.items()
+        # Old files keep the rotary frequencies, which follow from the config.
+        if not name.endswith(".rotary_emb.inv_freq")
+    }
+
+
+def _permuted(tensor: StoredTensor, split: tuple[int, int]) -> StoredTensor:
+    """The rows of each head, seen as a matrix of the shape `split`, transposed."""
+    head_dim = split[0] * split[1]
+
+    def read(index: Index) -> np.ndarray:
+        rows = range(tensor.shape[0])[index[0]]
+        # The rows wanted come from anywhere in their heads, and from no other head.
+        first, last = rows.start // head_dim, -(-rows.stop // head_dim)
+        whole = tensor.read((slice(first * head_dim, last * head_dim), *index[1:]))
+        heads = whole.reshape(last - first, *split, -1).swapaxes(1, 2)
+        heads = heads.reshape(whole.shape)
+        return heads[rows.start - first * head_dim :][: len(rows)]
+
+    return dataclasses.replace(tensor, read=read)
+
+
+def unstack_experts(
+    tensors: Mapping[str, StoredTensor], num_experts: int
+) -> dict[str, StoredTensor]:
+    """Mistral's names for those of the first Mixtral (`consolidated.00.pt` to `.07.pt`),
+    which stacks the experts of a layer in one tensor for each of w1, w2 and w3, of which w2
+    is transposed."""
+    out = {}
+    for name, tensor in tensors.items():
+        found = re.fullmatch(r"(layers\.\d+\.)block_sparse_moe\.(w[123])", name)
+        if found is None:
+            name = name.replace(".block_sparse_moe.gate.", ".feed_forward.gate.")
+            out[name] = tensor
+            continue
+        for expert in range(num_experts):
+            to = f"{found[1]}feed_forward.experts.{expert}.{found[2]}.weight"
+            out[to] = _expert(tensor, expert, num_experts, transposed=found[2] == "w2")
+    return out
+
+
+def _expert(
+    stacked: StoredTensor, expert: int, num_experts: int, *, transposed: bool
+) -> StoredTensor:
+    rows = stacked.shape[0] // num_experts
+    offset = expert * rows
+
+    def read(index: Index) -> np.ndarray:
+        if transposed:
+            index = index[::-1]
+        part = range(rows)[index[0]]
+        part = slice(offset + part.start, offset + part.stop)
+        out = stacked.read((part, *index[1:]))
+        return out.T if transposed else out
+
+    shape = (rows, *stacked.shape[1:])
+    shape = shape[::-1] if transposed else shape
+    return dataclasses.replace(stacked, shape=shape, read=read)
+
+
+_KEYS = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "head_dim": "head_dim",
+    "hidden_dim": "intermediate_size",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "norm_eps": "rms_norm_eps",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_position_embeddings",
+    "tied_embeddings": "tie_word_embeddings",
+}
+_OPTIONAL = {"head_dim", "n_kv_heads", "max_position_embeddings", "tied_embeddings"}
+# The classes of transformers, and the window and theta that each has if config.json does
+# not say.
+_CLASSES = {
+    "mistral": ("MistralForCausalLM", 4096, 1e4),
+    "ministral": ("MinistralForCausalLM", 4096, 1e4),
+    "ministral3": ("Ministral3ForCausalLM", None, None),
+    "mixtral": ("MixtralForCausalLM", None, 1e6),
+}
+# What changes the numbers, and the value that leaves them as they are here.
+_NOT_IMPLEMENTED = {
+    "quantization_config": None,
+    "vision_config": None,
+    "text_config": None,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "hidden_act": "silu",
+    "partial_rotary_factor": 1,
+}
+
+
+def config_from_json(values: Mapping[str, Any]) -> ModelConfig:
+    """Makes a config from the content of a `config.json`, as transformers 4 or 5 write it.
+
+    **Raises:**
+
+    `ValueError` that names what is missing, or what this model does not implement.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"config.json must hold an object, got {values!r}.")
+    # The params.json of the first Mixtral is like a config.json, without a type.
+    is_mixtral = "num_local_experts" in values
+    model_type = values.get("model_type", "mixtral" if is_mixtral else None)
+    if not isinstance(model_type, str) or model_type not in _CLASSES:
+        raise ValueError(
+            f"config.json has model_type {model_type!r}. Only text models of the types "
+            f"{', '.join(_CLASSES)} are implemented, and none that sees or hears."
+        )
+    for key, only in _NOT_IMPLEMENTED.items():
+        if values.get(key) not in (None, only):
+            raise ValueError(
+                f"config.json has {key} ({values[key]!r}), which this model does not "
+                "implement: running without it would give wrong text."
+            )
+    params = {
+        here: values[there]
+        for here, there in _KEYS.items()
+        if values.get(there) is not None
+    }
+    if missing := sorted(_KEYS[key] for key in _KEYS.keys() - _OPTIONAL - params.keys()):
+        raise ValueError(f"config.json lacks {', '.join(missing)}.")
+    dim, heads = params["dim"], params["n_heads"]
+    params.setdefault("n_kv_heads", heads)
+    if "head_dim" not in params:
+        whole = type(dim) is int and type(heads) is int and heads > 0
+        params["head_dim"] = dim // heads if whole else 0
+    if is_mixtral:
+        per_token = values.get("num_experts_per_tok", 2)
+        params["moe"] = MoEConfig(values["num_local_experts"], per_token)
+    elif model_type == "mixtral":
+        raise ValueError("config.json lacks num_local_experts.")
+    config = ModelConfig(**params | _rope_from_json(values, model_type))
+    window = _window_from_json(values, model_type, config.n_layers)
+    return dataclasses.replace(config, sliding_window=window)
+
+
+def _rope_from_json(values: Mapping[str, Any], model_type: str) -> dict[str, Any]:
+    """`rope_theta`, `yarn` and `llama_4_scaling`. transformers 4 writes `rope_theta` and
+    `rope_scaling`, transformers 5 `rope_parameters` with all of them in."""
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"rope_parameters must be an object, got {rope!r}.")
+    _, _, default = _CLASSES[model_type]
+    theta = rope.get("rope_theta", values.get("rope_theta", default))
+    if theta is None:
+        raise ValueError("config.json lacks rope_parameters.")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "yarn"):
+        raise ValueError(
+            f"config.json has rotary embeddings of the type {kind!r}. Only 'default' and "
+            "'yarn' are implemented."
+        )
+    params = {"rope_theta": theta}
+    context = rope.get("original_max_position_embeddings")
+    if kind == "yarn":
+        yarn = Yarn(
+            factor=rope.get("factor"),
+            original_max_position_embeddings=context,
+            beta=rope.get("beta_fast", 32),
+            alpha=rope.get("beta_slow", 1),
+            apply_scale=False,
+        )
+        scaled = _apply_scale(rope, yarn.factor)
+        params["yarn"] = dataclasses.replace(yarn, apply_scale=scaled)
+    if model_type == "ministral3" and rope.get("llama_4_scaling_beta"):
+        params["llama_4_scaling"] = Llama4Scaling(context, rope["llama_4_scaling_beta"])
+    return params
+
+
+def _apply_scale(rope: Mapping[str, Any], factor: float) -> bool:
+    """Whether transformers would scale the angles' cosine and sine."""
+    full = 0.1 * math.log(factor) + 1
+    mscale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
+    scale = rope.get("attention_factor")
+    if scale is None and mscale and all_dim:
+        scale = 1.0 if mscale == all_dim else None
+    elif scale is None:
+        scale = full
+    if rope.get("truncate", True) is not True or scale not in (1.0, full):
+        raise ValueError(
+            "config.json has a yarn whose attention_factor, mscale, mscale_all_dim or "
+            "truncate this model does not implement."
+        )
+    return scale == full != 1.0
+
+
+def _window_from_json(
+    values: Mapping[str, Any], model_type: str, n_layers: int
+) -> int | tuple[int | None, ...] | None:
+    _, default, _ = _CLASSES[model_type]
+    window = values.get("sliding_window", default)
+    if model_type == "mixtral":
+        return None  # see ModelConfig.from_params
+    types = values.get("layer_types")
+    if types is None:
+        return window
+    windows = {"sliding_attention": window, "full_attention": None}
+    if (
+        not isinstance(types, list)
+        or len(types) != n_layers
+        or not all(isinstance(t, str) and t in windows for t in types)
+        or (window is None and "sliding_attention" in types)
+    ):
+        raise ValueError(
+            f"layer_types must name {' or '.join(windows)} for each of {n_layers} layers, "
+            f"and sliding_window the window of the first, got {types!r} and {window!r}."
+        )
+    period = next(
+        n
+        for n in range(1, n_layers + 1)
+        if n_layers % n == 0 and types == types[:n] * (n_layers // n)
+    )
+    windows = tuple(windows[t] for t in types[:period])
+    return windows[0] if period == 1 else windows
+
+
+def config_to_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """The content of a `config.json` that transformers 4 and 5 read.
+
+    **Arguments:**
+
+    - `config`: of the model.
+    - `dtype`: of its weights: `"bfloat16"`.
+
+    **Raises:**
+
+    `ValueError` for a model that transformers has no class for.
+    """
+    windows = _windows_to_json(config)
+    if len(set(windows)) > 1:
+        model_type = "ministral"
+    elif config.yarn is not None or config.llama_4_scaling is not None:
+        model_type = "ministral3"
+    else:
+        model_type = "mistral" if config.moe is None else "mixtral"
+    architecture, _, _ = _CLASSES[model_type]
+    values = {
+        "architectures": [architecture],
+        "model_type": model_type,
+        **{there: getattr(config, here) for here, there in _KEYS.items()},
+        "max_position_embeddings": _context(config),
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "rope_theta": config.rope_theta,
+        "sliding_window": max((w for w in windows if w is not None), default=None),
+        "torch_dtype": dtype,
+    }
+    if model_type == "ministral":
+        values["layer_types"] = [
+            "full_attention" if window is None else "sliding_attention"
+            for window in windows
+        ]
+    if config.moe is not None:
+        values["num_local_experts"] = config.moe.num_experts
+        values["num_experts_per_tok"] = config.moe.num_experts_per_tok
+    if config.yarn is not None or config.llama_4_scaling is not None:
+        values["rope_parameters"] = _rope_to_json(config, model_type)
+    return values
+
+
+def _context(config: ModelConfig) -> int:
+    if config.max_position_embeddings is not None:
+        return config.max_position_embeddings
+    if config.yarn is not None:
+        return int(config.yarn.factor * config.yarn.original_max_position_embeddings)
+    return 32768
+
+
+def _windows_to_json(config: ModelConfig) -> tuple[int | None, ...]:
+    """The windows with one length at most. One that is as long as the longest context is no
+    different from none (Ministral 8B's 131072)."""
+    windows = config.windows
+    if len(set(windows) - {None}) > 1:
+        context = config.max_position_embeddings or 2**31
+        windows = tuple(None if w is None or w >= context else w for w in windows)
+    if len(set(windows) - {None}) > 1:
+        raise ValueError(
+            "Hugging Face's format knows one length of window and none, but the windows "
+            f"of this model are {sorted(set(config.windows) - {None})}. If the longest is "
+            "as long as the context, say so with max_position_embeddings in params.json."
+        )
+    return windows
+
+
+def _rope_to_json(config: ModelConfig, model_type: str) -> dict[str, Any]:
+    yarn, scaling = config.yarn, config.llama_4_scaling
+    if (
+        yarn is None
+        or config.moe is not None
+        or (scaling is not None and model_type != "ministral3")
+        or (
+            scaling is not None
+            and scaling.original_max_position_embeddings
+            != yarn.original_max_position_embeddings
+        )
+    ):
+        raise ValueError(
+            "Hugging Face's format has no class for this model: llama_4_scaling comes with "
+            "a yarn of the same original_max_position_embeddings, with one window in all "
+            "layers, and both without moe."
+        )
+    return {
+        "rope_type": "yarn",
+        "rope_theta": config.rope_theta,
+        "factor": yarn.factor,
+        "original_max_position_embeddings": yarn.original_max_position_embeddings,
+        "beta_fast": yarn.beta,
+        "beta_slow": yarn.alpha,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.0 if yarn.apply_scale else 1.0,
+        "llama_4_scaling_beta": 0.0 if scaling is None else scaling.beta,
+    }

@@ -1,0 +1,209 @@
+"""The weights in files of any format: their names, types and shapes, and any slice of them.
+
+Nothing here knows what a Mistral looks like. A [`StoredTensor`][] is a promise: opening a
+file reads its header, and numbers are read when a slice is asked for, and that slice alone.
+"""
+
+import dataclasses
+import functools
+import json
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+
+# The types that a model can have, by their names in safetensors.
+DTYPES = {
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+    "F32": np.dtype(np.float32),
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+Index = tuple[slice, ...]
+# How many bytes are read at once, so that little beside the result is ever in memory.
+PIECE = 2**24
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor that has not been read.
+
+    **Arguments:**
+
+    - `file`: where it is.
+    - `name`: what the file calls it.
+    - `dtype`: of its numbers, in the words of safetensors: `"BF16"`.
+    - `shape`: its lengths.
+    - `read`: takes a slice for each axis and returns that part.
+    """
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[Index], np.ndarray]
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape, dtype=object))
+
+    def pieces(self, index: Index) -> Iterator[tuple[slice, np.ndarray]]:
+        """Reads the part at `index` in pieces of rows, each with its place in the part."""
+        bounds = [range(n)[part] for n, part in zip(self.shape, index)]
+        rows, rest = bounds[0], [len(part) for part in bounds[1:]]
+        step = max(1, PIECE // (DTYPES[self.dtype].itemsize * int(np.prod(rest)) or 1))
+        # Whole heads of up to 256 rows: they may have to be permuted.
+        step = max(256, step // 256 * 256)
+        for start in range(0, len(rows), step):
+            place = slice(start, min(start + step, len(rows)))
+            part = rows[place]
+            yield place, self.read((slice(part.start, part.stop), *index[1:]))
+
+    def array(self, index: Index, dtype: np.dtype) -> np.ndarray:
+        """Reads the part at `index` as numbers of another type."""
+        shape = [len(range(n)[part]) for n, part in zip(self.shape, index)]
+        out = _aligned(shape, dtype)
+        for place, piece in self.pieces(index):
+            out[place] = piece
+        return out
+
+
+def open_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a `.safetensors` file, by name. Raises `ValueError` if damaged."""
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            headers = {name: file.get_slice(name) for name in file.keys()}
+            return {
+                name: StoredTensor(
+                    path,
+                    name,
+                    header.get_dtype(),
+                    tuple(header.get_shape()),
+                    functools.partial(_read_safetensors, path, name),
+                )
+                for name, header in headers.items()
+            }
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} is damaged or not whole ({error}). Download it again."
+        ) from error
+
+
+def _read_safetensors(path: Path, name: str, index: Index) -> np.ndarray:
+    # The file is mapped anew for each piece: pages once read would stay in memory.
+    with safetensors.safe_open(path, framework="numpy") as file:
+        return file.get_slice(name)[index]
+
+
+def open_torch(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a `.pth`, `.pt` or `.bin` file, by name. They stay on disk, and no
+    code that the file may hold is run.
+
+    **Raises:**
+
+    `ImportError` without PyTorch; `ValueError` if the file is damaged, wants code to be
+    run, or holds anything but tensors.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(
+            f"{path} can only be read with PyTorch: install torch, or get the weights as "
+            "safetensors."
+        ) from error
+    try:
+        # What was saved before PyTorch 1.6 is not a zip file and cannot be mapped.
+        mapped = zipfile.is_zipfile(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is damaged, or holds code besides tensors, which is never run. Get "
+            "the weights as safetensors from where you trust."
+        ) from error
+    except Exception as error:  # torch documents none of what a damaged file raises
+        first_line = str(error).split("\n")[0]
+        raise ValueError(
+            f"{path} is damaged or not whole ({first_line}). Download it again."
+        ) from error
+    if not isinstance(loaded, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor)
+        for name, tensor in loaded.items()
+    ):
+        raise ValueError(f"{path} holds other things than named tensors.")
+    names = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+
+    def stored(name: str, tensor: torch.Tensor) -> StoredTensor:
+        dtype = names.get(tensor.dtype, str(tensor.dtype))
+
+        def read(index: Index) -> np.ndarray:
+            # Through bytes, because torch gives NumPy no bfloat16.
+            part = tensor[index].contiguous().view(torch.uint8)
+            return part.numpy().view(DTYPES[dtype])
+
+        return StoredTensor(path, name, dtype, tuple(tensor.shape), read)
+
+    return {name: stored(name, tensor) for name, tensor in loaded.items()}
+
+
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, StoredTensor],
+    dtype: np.dtype | None,
+    *,
+    progress: Callable[[int], None],
+) -> None:
+    """Writes a `.safetensors` file a piece at a time, where the library's own writer would
+    hold all of it in memory.
+
+    **Arguments:**
+
+    - `path`: of the file.
+    - `tensors`: by their names in it.
+    - `dtype`: to convert to; `None` to keep each tensor's.
+    - `progress`: is told the bytes written.
+    """
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        target = DTYPES[tensor.dtype] if dtype is None else dtype
+        stop = offset + tensor.size * target.itemsize
+        header[name] = {
+            "dtype": _NAMES[target],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, stop],
+        }
+        offset = stop
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with open(path, "wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for tensor in tensors.values():
+            for _, piece in tensor.pieces((slice(None),) * len(tensor.shape)):
+                piece = piece if dtype is None else _converted(piece, dtype, tensor)
+                piece = np.ascontiguousarray(piece)
+                file.write(piece.view(np.uint8).data)
+                progress(piece.nbytes)
+
+
+def _converted(piece: np.ndarray, dtype: np.dtype, tensor: StoredTensor) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        converted = piece.astype(dtype)
+    if dtype == np.float16 and np.isinf(converted).any() and not np.isinf(piece).any():
+        raise ValueError(
+            f"{tensor.file}: {tensor.name} holds numbers beyond float16's largest, 65504. "
+            "Convert to bfloat16 or float32."
+        )
+    return converted
+
+
+def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """An array that begins at a multiple of 64 bytes, as XLA's do. On a CPU it becomes
+    JAX's own without being copied once more."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    buffer = np.empty(size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + size].view(dtype).reshape(shape)
