@@ -13,11 +13,12 @@ from .cache import Cache as Cache
 from .checkpoint import load_model as load_model, save_model as save_model
 from .config import ModelConfig as ModelConfig
 from .generation import (
+    Continuation as Continuation,
+    DecodeState as DecodeState,
     decode as decode,
     decode_step as decode_step,
-    prefill as prefill,
-    score as score,
 )
+from .reading import Scored as Scored, prefill as prefill
 from .sampling import Sampling as Sampling
 from .text import Completion as Completion, generate as generate, load as load
 from .tokenizer import Tokenizer as Tokenizer, train_tokenizer as train_tokenizer

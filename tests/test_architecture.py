@@ -18,12 +18,15 @@ FLOORS = {
     "attention": 2,
     "transformer": 3,
     "checkpoint": 4,
-    "generation": 4,
+    "reading": 4,
+    "generation": 5,
+    "beam_search": 6,
     "training": 4,
-    "tokenizer": 5,
-    "text": 6,
-    "__main__": 7,
-    "__init__": 8,
+    "tokenizer": 4,
+    "text": 7,
+    "chat": 8,
+    "__main__": 9,
+    "__init__": 10,
 }
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 
