@@ -22,8 +22,8 @@ from .config import ModelConfig
 class LayerCache(eqx.Module):
     """The keys and values that one layer remembers. Slots never written hold zeros."""
 
-    keys: Float[Array, "kv_heads slots head_dim"]
-    values: Float[Array, "kv_heads slots head_dim"]
+    keys: Float[Array, "*batch kv_heads slots head_dim"]
+    values: Float[Array, "*batch kv_heads slots head_dim"]
 
     @property
     def slots(self) -> int:
