@@ -13,14 +13,19 @@ from .cache import Cache as Cache
 from .checkpoint import load_model as load_model, save_model as save_model
 from .config import ModelConfig as ModelConfig
 from .generation import (
-    Continuation as Continuation,
-    DecodeState as DecodeState,
     decode as decode,
     decode_step as decode_step,
 )
-from .reading import Scored as Scored, prefill as prefill
+from .reading import prefill as prefill
 from .sampling import Sampling as Sampling
-from .text import Completion as Completion, generate as generate, load as load
+from .text import (
+    Completion as Completion,
+    beam_search as beam_search,
+    generate as generate,
+    load as load,
+    score as score,
+    stream as stream,
+)
 from .tokenizer import Tokenizer as Tokenizer, train_tokenizer as train_tokenizer
 from .transformer import (
     Transformer as Transformer,

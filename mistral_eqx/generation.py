@@ -205,7 +205,8 @@ def stream(
         ended=jnp.asarray(budgets) == 0,
         seen=jnp.asarray(seen),
         keys=_row_keys(key, prompts),
-        sampling=Sampling() if sampling is None else sampling,
+        # A copy, since the state is donated and the caller's options are not ours to give.
+        sampling=jax.tree.map(jnp.copy, Sampling() if sampling is None else sampling),
         eos_ids=jnp.asarray(list(eos_ids) or [-1], jnp.int32),
         alternatives=alternatives,
     )

@@ -91,7 +91,7 @@ def prefill(
             jnp.asarray(padding),
             chunk=chunk,
             # A power of two, so that few sizes of ring are ever compiled for.
-            max_length=_next_power_of_two(length + max_tokens),
+            max_length=next_power_of_two(length + max_tokens),
             dtype=model.dtype,
         )
     else:
@@ -166,7 +166,7 @@ def score(
         model.config,
         jnp.zeros((), jnp.int32),
         chunk=chunk,
-        max_length=_next_power_of_two(len(inputs)),
+        max_length=next_power_of_two(len(inputs)),
         dtype=model.dtype,
     )
     scored, start = Scored(), 0
@@ -286,8 +286,8 @@ def _copy(cache: Cache, rows: int) -> Cache:
 def _padded_length(longest: int, chunk: int) -> int:
     """Whole chunks and a power of two behind them: the least such length."""
     whole, rest = divmod(longest, chunk)
-    return whole * chunk + (min(chunk, _next_power_of_two(rest)) if rest else 0)
+    return whole * chunk + (min(chunk, next_power_of_two(rest)) if rest else 0)
 
 
-def _next_power_of_two(n: int) -> int:
+def next_power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()

@@ -20,7 +20,7 @@ FLOORS = {
     "checkpoint": 4,
     "reading": 4,
     "generation": 5,
-    "beam_search": 6,
+    "beams": 6,
     "training": 4,
     "tokenizer": 4,
     "text": 7,
