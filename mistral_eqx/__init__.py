@@ -10,6 +10,7 @@ print(mx.generate(model, tokenizer, "To be, or not"))
 
 from .attention import Attention as Attention
 from .cache import Cache as Cache
+from .chat import Chat as Chat, chat as chat, encode_chat as encode_chat
 from .checkpoint import load_model as load_model, save_model as save_model
 from .config import ModelConfig as ModelConfig
 from .generation import (

@@ -14,7 +14,7 @@ _CONTEXT = 16
 class Tokenizer:
     """A sentencepiece model. `encode` begins with the BOS id, as every Mistral expects.
 
-    **Attributes:** `vocab_size`, `bos_id`, `eos_id`.
+    **Attributes:** `path`, `vocab_size`, `bos_id`, `eos_id`.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -36,6 +36,7 @@ class Tokenizer:
             raise ValueError(
                 f"{path} is not a sentencepiece model, or not all of it: {error}"
             ) from error
+        self.path = path
         self.vocab_size: int = self._model.vocab_size()
         self.bos_id: int = self._model.bos_id()
         self.eos_id: int = self._model.eos_id()

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from models import random_model, random_tokens
 
 from mistral_eqx import beams, generation
 from mistral_eqx.beams import beam_search
 from mistral_eqx.checkpoint import weight_name
-from models import random_model, random_tokens
 
 
 def hugging_face(model):
