@@ -214,7 +214,7 @@ def stream(
     # The next block is under way before one is looked at, so that the device does not
     # wait for the host.
     state, made = decode(model, state, jnp.int32(min(block, most)))
-    for start in range(block, most + block, block):
+    for start in range(block, max(most, 1) + block, block):
         steps = min(block, most - start)
         if steps > 0:
             if stopped is not None:
@@ -223,7 +223,7 @@ def stream(
             state, ahead = decode(model, state, jnp.int32(steps))
         pieces = _read(made, left, min(block, most - start + block))
         yield pieces
-        if all(n == 0 for n in left) or (stopped is not None and all(stopped())):
+        if all(n < 0 for n in left) or (stopped is not None and all(stopped())):
             return
         made = ahead
 
@@ -279,16 +279,16 @@ def _row_keys(key: PRNGKeyArray, prompts: Sequence[Sequence[int]]) -> Key[Array,
 
 def _read(block: Choice, left: list[int], steps: int) -> list[Continuation]:
     """The first `steps` choices of every row. `left` is how many tokens each row may still
-    make: it is counted down here, to 0 at its end."""
+    make: it is counted down here, and is -1 once the row has ended."""
     block = jax.tree.map(np.asarray, block)
     pieces = []
     for row, tokens in enumerate(block.tokens):
         n = int(np.sum(tokens >= 0))
         reason = None
-        if left[row] > 0 and n == left[row]:
-            reason, left[row] = "length", 0
+        if left[row] == n:
+            reason, left[row] = "length", -1
         elif left[row] > 0 and n < steps:
-            reason, left[row] = "eos", 0
+            reason, left[row] = "eos", -1
         else:
             left[row] -= n
         pieces.append(
