@@ -51,10 +51,11 @@ class DecodeState(eqx.Module):
     logits: Float32[Array, "batch vocab"]
     remaining: Int32[Array, "batch"]
     ended: Bool[Array, "batch"]
-    seen: Bool[Array, "batch vocab"]
     keys: Key[Array, "batch"]
     sampling: Sampling
     eos_ids: Int32[Array, "eos"]
+    # Which ids a row has, for the repetition penalty; without, there is none.
+    seen: Bool[Array, "batch vocab"] | None = None
     alternatives: int = eqx.field(static=True, default=0)
 
 
@@ -98,18 +99,16 @@ def decode_step(model: Transformer, state: DecodeState) -> tuple[DecodeState, Ch
     padding = jnp.where(state.ended, ENDED, state.cache.padding)
     cache = eqx.tree_at(lambda cache: cache.padding, state.cache, padding)
     cache, logits = forward(model, cache, tokens[:, None])
+    seen = state.seen
+    if seen is not None:
+        ids = jnp.arange(seen.shape[1], dtype=jnp.int32)
+        seen = seen | (ids[None, :] == tokens[:, None])
     remaining = state.remaining - 1
-    ids = jnp.arange(logits.shape[1], dtype=jnp.int32)
     state = eqx.tree_at(
         lambda s: (s.cache, s.logits, s.seen, s.remaining, s.ended),
         state,
-        (
-            cache,
-            logits,
-            state.seen | (ids[None, :] == tokens[:, None]),
-            remaining,
-            ended | (remaining <= 0),
-        ),
+        (cache, logits, seen, remaining, ended | (remaining <= 0)),
+        is_leaf=lambda x: x is None,
     )
     return state, choice
 

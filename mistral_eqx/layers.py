@@ -49,7 +49,9 @@ class Embedding(eqx.Module):
         self.weight = jr.normal(key, (vocab_size, dim), dtype) / math.sqrt(dim)
 
     def __call__(self, tokens: Int[Array, "seq"]) -> Float[Array, "seq dim"]:
-        return self.weight[tokens]
+        # Indexing would take -1 for the last row: NaN says that it is no token.
+        rows = self.weight.at[tokens]
+        return rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 class RMSNorm(eqx.Module):

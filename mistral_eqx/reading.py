@@ -78,10 +78,7 @@ def prefill(
     for a cache that has no room, or a row that ended before the others.
     """
     check_prompts(prompts, model.config.vocab_size)
-    if chunk is None:
-        chunk = default_chunk(model.config.sliding_window)
-    if chunk < 1:
-        raise ValueError(f"chunk must be 1 or more, got {chunk}.")
+    chunk = _checked_chunk(chunk, model.config.sliding_window)
     longest = max(len(prompt) for prompt in prompts)
     if cache is None:
         length = _padded_length(longest, chunk)
@@ -158,8 +155,7 @@ def score(
     check_alternatives(alternatives, model.config.vocab_size)
     if len(tokens) < 2:
         raise ValueError("A text of one token has nothing to score.")
-    if chunk is None:
-        chunk = default_chunk(model.config.sliding_window)
+    chunk = _checked_chunk(chunk, model.config.sliding_window)
     inputs = np.asarray(tokens[:-1], np.int32)
     targets = np.asarray(tokens[1:], np.int32)
     cache = Cache(
@@ -218,6 +214,14 @@ def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
                 f"Prompt {i} has the token id {wrong}, but the model's vocabulary has "
                 f"{vocab_size} ids, from 0. Is the tokenizer of this model?"
             )
+
+
+def _checked_chunk(chunk: int | None, window: int | None) -> int:
+    if chunk is None:
+        return default_chunk(window)
+    if chunk < 1:
+        raise ValueError(f"chunk must be 1 or more, got {chunk}.")
+    return chunk
 
 
 def check_alternatives(alternatives: int, vocab_size: int) -> None:

@@ -1,6 +1,10 @@
 """Every test runs with shapes and dtypes checked, and nothing promoted in silence."""
 
+import shutil
+
 import jax
+import jaxtyping
+import pytest
 from jaxtyping import install_import_hook
 
 
@@ -10,3 +14,31 @@ install_import_hook(["mistral_eqx", "one_file_ref"], "beartype.beartype")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def unchecked():
+    """What a user sees, who has no type checker on."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """A folder in Mistral's format: random weights and the embedded model's tokenizer."""
+    from models import random_model
+
+    from mistral_eqx import save_model
+    from mistral_eqx.text import TINY_MISTRAL
+
+    path = tmp_path_factory.mktemp("saved") / "model"
+    model = random_model(vocab_size=2048)
+    save_model(model, path, tokenizer=TINY_MISTRAL / "tokenizer.model")
+    return path
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """A copy of it to damage."""
+    return shutil.copytree(saved, tmp_path / "model")

@@ -92,7 +92,6 @@ def decoded(model, prompts, budgets):
         logits,
         remaining=jnp.asarray(budgets, jnp.int32),
         ended=jnp.zeros(len(prompts), bool),
-        seen=jnp.zeros(logits.shape, bool),
         keys=jr.split(jr.key(0), len(prompts)),
         sampling=Sampling(),
         eos_ids=jnp.array([-1], jnp.int32),
