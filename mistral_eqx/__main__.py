@@ -43,11 +43,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # when it closes standard output at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
-        print(f"mistral_eqx: {error}", file=sys.stderr)
+        _complain(error)
         return 2
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return 130
+
+
+def _complain(error: Exception) -> None:
+    # Libraries tell theirs in several lines.
+    print("mistral_eqx:", " ".join(str(error).split()), file=sys.stderr)
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -146,7 +151,7 @@ def _chat(options: argparse.Namespace) -> None:
                 # A message that cannot be sent is no reason to lose those before it.
                 if options.debug or not sys.stdin.isatty():
                     raise
-                print(f"mistral_eqx: {error}", file=sys.stderr)
+                _complain(error)
 
 
 def _score(options: argparse.Namespace) -> None:
