@@ -585,7 +585,7 @@ def _parser() -> argparse.ArgumentParser:
         _train,
         "train a model, and its tokenizer, from texts; a killed run goes on if started "
         "again with the same options",
-        "train my_mistral --steps 6000",
+        "train my_mistral --steps 4000",
     )
     train.add_argument("out", metavar="OUT", help="folder to make")
     add_corpus(train)
@@ -600,7 +600,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="a tokenizer.model to use, instead of training one",
     )
-    train.add_argument("--steps", type=int, default=6000, metavar="N")
+    train.add_argument("--steps", type=int, default=4000, metavar="N")
     train.add_argument("--batch_size", type=int, default=8, metavar="N")
     train.add_argument("--seq_len", type=int, default=256, metavar="N")
     train.add_argument("--learning_rate", type=float, default=3e-3, metavar="RATE")
