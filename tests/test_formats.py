@@ -170,6 +170,20 @@ def test_what_transformers_writes_is_read(name, version, tmp_path):
     assert (written.moe, written.tied_embeddings) == (ours.moe, ours.tied_embeddings)
 
 
+def test_consolidated_shards_with_an_index(tmp_path):
+    """As Mistral Large's."""
+    folder = write_raw(tmp_path / "raw")
+    (folder / "consolidated.safetensors").unlink()
+    tensors, places = weights_of("v0.3"), {}
+    for i, names in enumerate([list(tensors)[:5], list(tensors)[5:]], 1):
+        file = f"consolidated-{i:05}-of-00002.safetensors"
+        safetensors.numpy.save_file({n: tensors[n] for n in names}, folder / file)
+        places |= dict.fromkeys(names, file)
+    index = json.dumps({"metadata": {}, "weight_map": places})
+    (folder / "consolidated.safetensors.index.json").write_text(index)
+    assert_same_bits(folder, "v0.3")
+
+
 @pytest.mark.parametrize("suffix", ["pth", "pt"])
 @pytest.mark.parametrize("n_files", [1, 3])
 def test_torch_files(suffix, n_files, tmp_path):
@@ -666,7 +680,17 @@ BAD = {
         lambda folder: (write_raw(folder) / "params.json").write_text("{"),
         "params.json cannot be used: ",
     ),
-    "a pickle that runs code": (torch_with(pickle.dumps(Bomb())), "is never run"),
+    "an old pickle that runs code": (
+        torch_with(pickle.dumps(Bomb(), protocol=2)),
+        "00.pth is damaged, or holds code besides tensors, which is never run",
+    ),
+    "a torch file that runs code": (
+        lambda folder: (
+            torch_with(b"")(folder),
+            torch.save({"a": Bomb()}, folder / "consolidated.00.pth"),
+        ),
+        "00.pth is damaged, or holds code besides tensors, which is never run",
+    ),
     "a torch file that is none": (torch_with(b"not a pickle at all"), "is damaged"),
     "a torch file of other things": (
         torch_with(pickle.dumps({"a": 1}, protocol=2)),
@@ -692,6 +716,7 @@ def test_what_is_wrong_is_said(name, tmp_path, monkeypatch, capsys, unchecked):
     before = sorted(tmp_path.iterdir())
     assert main(["convert", str(folder), str(tmp_path / "out")]) == 2
     assert sorted(tmp_path.iterdir()) == before
+    assert not (tmp_path / "exploded").exists()
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and told.startswith("mistral_eqx: ")
 
