@@ -1,6 +1,7 @@
 import math
 import shutil
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +22,13 @@ def generate(prompts, **options):
     return mx.generate(random_model(vocab_size=2048), TOKENIZER, prompts, **options)
 
 
+def with_output(model, token, *, like):
+    """The same model, but that it says `token` where it said `like`, and the reverse."""
+    rows = model.output.weight
+    swapped = rows.at[token].set(rows[like]).at[like].set(rows[token])
+    return eqx.tree_at(lambda m: m.output.weight, model, swapped)
+
+
 def test_load(folder):
     model, tokenizer = mx.load(folder, dtype=jnp.bfloat16)
     assert model.dtype == jnp.bfloat16 and tokenizer.vocab_size == 2048
@@ -32,11 +40,11 @@ def test_load(folder):
 
 
 def test_one_text_or_several():
-    completions = generate(PROMPTS, max_tokens=8)
+    completions = generate(PROMPTS, max_tokens=16)
     assert [completion.prompt for completion in completions] == PROMPTS
     for prompt, completion in zip(PROMPTS, completions):
-        assert generate(prompt, max_tokens=8) == completion
-        assert len(completion.tokens) == 8 and completion.reason == "length"
+        assert generate(prompt, max_tokens=16) == completion
+        assert len(completion.tokens) == 16 and completion.reason == "length"
         assert str(completion) == prompt + completion.text
 
 
@@ -52,20 +60,12 @@ def test_text_is_what_the_tokens_say(prompts, seed):
 
 
 def test_the_space_before_a_word_is_kept():
-    """By itself a word's piece is decoded without it."""
-    (word,) = TOKENIZER.encode("the", bos=False)
+    """By itself a word is decoded without it: text is decoded behind its prompt."""
     model = random_model(vocab_size=2048)
-
-    # After `king` always `the`.
-    def always(logits):
-        return jnp.zeros_like(logits).at[word].set(1.0)
-
-    king = mx.Completion("king", "", [], "length")
-    ids = TOKENIZER.encode(king.prompt)
-    assert TOKENIZER.decode([*ids, word]) == "king the"
-    assert TOKENIZER.decode([word]) == "the"
-    completion = mx.generate(model, TOKENIZER, "king", max_tokens=1)
-    assert str(completion) == TOKENIZER.decode(ids + completion.tokens)
+    (word,) = TOKENIZER.encode("the", bos=False)
+    _, logits = prefill(model, [TOKENIZER.encode("king")])
+    model = with_output(model, word, like=int(logits[0].argmax()))
+    assert mx.generate(model, TOKENIZER, "king", max_tokens=1).text == " the"
 
 
 def test_no_tokens():
@@ -74,15 +74,12 @@ def test_no_tokens():
 
 
 def test_end():
-    """A model whose output is `</s>` and nothing else."""
     model = random_model(vocab_size=2048)
-    _, logits = prefill(model, [TOKENIZER.encode("king")])
-    first = int(logits[0].argmax())
-    rows = model.output.weight
-    swapped = rows.at[TOKENIZER.eos_id].set(rows[first]).at[first].set(rows[2])
-    model = jax.tree.map(lambda leaf: swapped if leaf is rows else leaf, model)
+    first, second = mx.generate(model, TOKENIZER, "king", max_tokens=2).tokens
+    model = with_output(model, TOKENIZER.eos_id, like=second)
     completion = mx.generate(model, TOKENIZER, "king", max_tokens=8)
-    assert completion == mx.Completion("king", "", [], "eos")
+    assert completion.tokens == [first] and completion.reason == "eos"
+    assert str(completion) == TOKENIZER.decode([*TOKENIZER.encode("king"), first])
 
 
 def test_seed():
