@@ -11,7 +11,7 @@ import pytest
 from models import PARAMS
 
 import mistral_eqx as mx
-from mistral_eqx import checkpoint, training
+from mistral_eqx import export, training
 from mistral_eqx.__main__ import main, read_text, split_held_out
 from mistral_eqx.text import TINY_MISTRAL
 
@@ -76,7 +76,7 @@ def test_evaluate(folder, text, tmp_path, capsys):
     assert run("evaluate", text, folder) == 0
     told = report(capsys)
     model, tokenizer = mx.load(folder)
-    scores = mx.score(model, tokenizer.encode(TEXT))
+    scores = mx.score(model, tokenizer, TEXT).logprobs
     nats = -float(np.sum(scores, dtype=np.float64))
     assert told == {
         "tokens": len(scores),
@@ -147,7 +147,7 @@ def test_train_goes_on(params, text, tmp_path, monkeypatch, capsys):
 
     with jax.numpy_dtype_promotion("standard"):
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "save_model", killed)
+            patch.setattr(export, "save", killed)
             assert run("train", tmp_path / "trained", *options) == 130
         assert capsys.readouterr() == ("", "Interrupted.\n")
         assert sorted(os.listdir(work)) == ["checkpoint.eqx", "tokenizer.model"]

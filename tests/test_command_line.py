@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
     model = mx.Transformer(mx.ModelConfig.from_params(config), key=jax.random.key(0))
     model = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model)
     folder = tmp_path_factory.mktemp("models") / "small"
-    mx.save_model(model, folder, tokenizer=TINY_MISTRAL / "tokenizer.model")
+    mx.save(model, folder, tokenizer=TINY_MISTRAL / "tokenizer.model")
     return str(folder)
 
 

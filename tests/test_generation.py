@@ -71,16 +71,17 @@ def traced(monkeypatch):
 @pytest.mark.parametrize("window", [8, None])
 def test_a_row_does_not_know_its_company(window):
     model = random_model(sliding_window=window)
-    _, batch = prefill(model, PROMPTS)
+    _, batch = prefill(model, PROMPTS, max_tokens=BLOCK)
     for prompt, logits in zip(PROMPTS, batch):
-        _, alone = prefill(model, [prompt])
+        _, alone = prefill(model, [prompt], max_tokens=BLOCK)
         np.testing.assert_allclose(alone[0], logits, atol=1e-4)
     for temperature in (0.0, 1.0):
-        together = generate(model, PROMPTS, temperature=temperature)
-        assert [len(row) for row in together] == [24] * 4
+        options = {"max_tokens": BLOCK, "temperature": temperature}
+        together = generate(model, PROMPTS, **options)
+        assert [len(row) for row in together] == [BLOCK] * 4
         for prompt, row in zip(PROMPTS, together):
-            assert generate(model, [prompt], temperature=temperature) == [row]
-        assert generate(model, PROMPTS[::-1], temperature=temperature) == together[::-1]
+            assert generate(model, [prompt], **options) == [row]
+        assert generate(model, PROMPTS[::-1], **options) == together[::-1]
 
 
 def test_chunks_and_blocks_do_not_matter():
@@ -220,7 +221,7 @@ def test_a_long_prompt_needs_no_more(traced, monkeypatch):
     assert len(traced) - n_traced <= len(long_programs)
     # Two layers reach 126 tokens back: the same text from its last 128 alone.
     logits = prefill(model, [long])[1]
-    np.testing.assert_allclose(logits, prefill(model, [long[-128:]])[1], atol=1e-3)
+    np.testing.assert_allclose(logits, prefill(model, [long[-128:]])[1], atol=0.02)
     assert len(row) == 8
 
 
@@ -244,22 +245,22 @@ def test_the_cache_is_updated_in_place(window):
 
 @pytest.mark.parametrize("window", [8, None])
 def test_score_is_the_log_probability(window):
-    model = random_model(sliding_window=window)
-    logits, _ = eqx.filter_jit(model)(jnp.asarray(TEXT))
-    logprobs = np.asarray(jax.nn.log_softmax(logits))[np.arange(39), TEXT[1:]]
-    for chunk in (None, 3, 64):
-        scores = score(model, TEXT, chunk=chunk)
+    model, text = random_model(sliding_window=window), random_tokens(41)
+    logits, _ = eqx.filter_jit(model)(jnp.asarray(text[:-1]))
+    logprobs = np.asarray(jax.nn.log_softmax(logits))[np.arange(40), text[1:]]
+    for chunk in (None, 5):
+        scores = score(model, text, chunk=chunk)
         np.testing.assert_allclose(scores, logprobs, atol=1e-4)
 
 
 def test_score_of_a_long_text(traced):
     model = random_model(norm_eps=5e-5)
-    scores = score(model, random_tokens(3000))
-    assert scores.shape == (2999,) and np.isfinite(scores).all()
-    score(model, random_tokens(200, seed=1))
-    score(model, random_tokens(999, seed=2))
-    assert set(traced) <= {(size, 16) for size in (1, 2, 4, 8)}
-    assert len(traced) == len(set(traced))
+    scores = score(model, random_tokens(3004))
+    assert scores.shape == (3003,) and np.isfinite(scores).all()
+    score(model, random_tokens(204, seed=1))
+    score(model, random_tokens(1001, seed=2))
+    # 3 are 2 and 1.
+    assert sorted(traced) == [(1, 16), (2, 16), (8, 16)]
 
 
 @pytest.mark.parametrize(

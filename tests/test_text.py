@@ -1,6 +1,7 @@
 import math
 import shutil
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from models import random_model, random_tokens
 
 import mistral_eqx as mx
-from mistral_eqx.generation import prefill
+from mistral_eqx import prefill
 from mistral_eqx.text import TINY_MISTRAL
 
 
@@ -19,6 +20,13 @@ PROMPTS = ["To be, or not", "", "  ", "🦙 <s>\n\té 2024", "In the beginning "
 
 def generate(prompts, **options):
     return mx.generate(random_model(vocab_size=2048), TOKENIZER, prompts, **options)
+
+
+def with_output(model, token, *, like):
+    """The same model, but that it says `token` where it said `like`, and the reverse."""
+    rows = model.output.weight
+    swapped = rows.at[token].set(rows[like]).at[like].set(rows[token])
+    return eqx.tree_at(lambda m: m.output.weight, model, swapped)
 
 
 def test_load(folder):
@@ -32,11 +40,13 @@ def test_load(folder):
 
 
 def test_one_text_or_several():
-    completions = generate(PROMPTS, max_tokens=8)
+    completions = generate(PROMPTS, max_tokens=16)
     assert [completion.prompt for completion in completions] == PROMPTS
     for prompt, completion in zip(PROMPTS, completions):
-        assert generate(prompt, max_tokens=8) == completion
-        assert len(completion.tokens) == 8 and completion.reason == "length"
+        alone = generate(prompt, max_tokens=16)
+        assert (alone.text, alone.tokens) == (completion.text, completion.tokens)
+        np.testing.assert_allclose(alone.logprobs, completion.logprobs, atol=1e-4)
+        assert len(completion.tokens) == 16 and completion.reason == "length"
         assert str(completion) == prompt + completion.text
 
 
@@ -52,37 +62,26 @@ def test_text_is_what_the_tokens_say(prompts, seed):
 
 
 def test_the_space_before_a_word_is_kept():
-    """By itself a word's piece is decoded without it."""
-    (word,) = TOKENIZER.encode("the", bos=False)
+    """By itself a word is decoded without it: text is decoded behind its prompt."""
     model = random_model(vocab_size=2048)
-
-    # After `king` always `the`.
-    def always(logits):
-        return jnp.zeros_like(logits).at[word].set(1.0)
-
-    king = mx.Completion("king", "", [], "length")
-    ids = TOKENIZER.encode(king.prompt)
-    assert TOKENIZER.decode([*ids, word]) == "king the"
-    assert TOKENIZER.decode([word]) == "the"
-    completion = mx.generate(model, TOKENIZER, "king", max_tokens=1)
-    assert str(completion) == TOKENIZER.decode(ids + completion.tokens)
+    (word,) = TOKENIZER.encode("the", bos=False)
+    _, logits = prefill(model, [TOKENIZER.encode("king")])
+    model = with_output(model, word, like=int(logits[0].argmax()))
+    assert mx.generate(model, TOKENIZER, "king", max_tokens=1).text == " the"
 
 
 def test_no_tokens():
-    assert generate("king", max_tokens=0) == mx.Completion("king", "", [], "length")
-    assert generate([""], max_tokens=0) == [mx.Completion("", "", [], "length")]
+    assert generate("king", max_tokens=0) == mx.Completion(prompt="king", reason="length")
+    assert generate([""], max_tokens=0) == [mx.Completion(prompt="", reason="length")]
 
 
 def test_end():
-    """A model whose output is `</s>` and nothing else."""
     model = random_model(vocab_size=2048)
-    _, logits = prefill(model, [TOKENIZER.encode("king")])
-    first = int(logits[0].argmax())
-    rows = model.output.weight
-    swapped = rows.at[TOKENIZER.eos_id].set(rows[first]).at[first].set(rows[2])
-    model = jax.tree.map(lambda leaf: swapped if leaf is rows else leaf, model)
+    first, second = mx.generate(model, TOKENIZER, "king", max_tokens=2).tokens
+    model = with_output(model, TOKENIZER.eos_id, like=second)
     completion = mx.generate(model, TOKENIZER, "king", max_tokens=8)
-    assert completion == mx.Completion("king", "", [], "eos")
+    assert completion.tokens == [first] and completion.reason == "eos"
+    assert str(completion) == TOKENIZER.decode([*TOKENIZER.encode("king"), first])
 
 
 def test_seed():
@@ -91,7 +90,7 @@ def test_seed():
     assert generate("king", **options, seed=0) == alone
     assert generate("king", **options, seed=1).tokens != alone.tokens
     batch = generate(["queen", "king", "king"], **options)
-    assert batch[1] == alone and batch[2].tokens != alone.tokens
+    assert batch[1].text == alone.text and batch[2].tokens != alone.tokens
 
 
 @pytest.mark.parametrize(
@@ -117,7 +116,7 @@ def test_no_prompts():
 def test_a_tokenizer_of_another_model(tmp_path, vocab_size):
     path = tmp_path / "model"
     tokenizer = TINY_MISTRAL / "tokenizer.model"
-    mx.save_model(random_model(vocab_size=vocab_size), path, tokenizer=tokenizer)
+    mx.save(random_model(vocab_size=vocab_size), path, tokenizer=tokenizer)
     # Told before the weights are read, which takes minutes for a large model.
     (path / "consolidated.safetensors").unlink()
     message = f"tokenizer has 2048 ids, but the model has {vocab_size}"
@@ -138,7 +137,7 @@ def test_broken_folders(folder, tmp_path):
     with pytest.raises(ValueError, match=f"{path} is not a sentencepiece model"):
         mx.load(folder)
     path.unlink()
-    with pytest.raises(FileNotFoundError, match=f"no tokenizer at {path}"):
+    with pytest.raises(FileNotFoundError, match=f"no tokenizer in {folder}"):
         mx.load(folder)
 
 
@@ -163,8 +162,8 @@ def test_embedded_model_knows_its_books():
         "First Citizen:\nBefore we proceed any further, hear me speak.\n",
         "In the beginning God created the heaven and the earth.\n",
     ):
-        scores = mx.score(model, tokenizer.encode(text))
-        assert -scores.mean() < 4.5
+        scored = mx.score(model, tokenizer, text)
+        assert math.log(scored.perplexity) < 4.5
 
 
 def test_embedded_model_reads_a_long_prompt():
