@@ -73,6 +73,9 @@ class Sampling(eqx.Module):
         self.top_p = jnp.float32(top_p)
         self.min_p = jnp.float32(min_p)
 
+    # Jitted for those who call it by itself: a branch outside of a program is compiled
+    # each time anew.
+    @eqx.filter_jit
     def __call__(
         self,
         logits: Float32[Array, "vocab"],
@@ -96,6 +99,7 @@ class Sampling(eqx.Module):
         )
         return token.astype(jnp.int32)
 
+    @eqx.filter_jit
     def scores(
         self, logits: Float32[Array, "vocab"], seen: Bool[Array, "vocab"] | None = None
     ) -> Float32[Array, "vocab"]:
