@@ -213,7 +213,7 @@ def _check_target(folder: Path, *, force: bool, source: Path | None) -> None:
         return
     if not force:
         raise FileExistsError(
-            f"{folder} is there already. Move it, save elsewhere, or use force."
+            f"{folder} is there already. Move it, choose another, or force it."
         )
     if not any((folder / name).is_file() for name in CONFIGS.values()):
         raise FileExistsError(f"{folder} holds no model, and is not replaced.")

@@ -70,7 +70,7 @@ def inspect_folder(folder: str | os.PathLike) -> dict[str, str]:
         files += f" to {checkpoint.files[-1].name}"
     return {
         "model": variant(config) or "not the shape of a released Mistral",
-        "format": f"{checkpoint.format}: {files}, {size / 1e9:.2f} GB",
+        "format": f"{checkpoint.format}: {files}, {_bytes(size)}",
         "shape": f"{config.n_layers} layers of width {config.dim}, {config.n_heads} query "
         f"and {config.n_kv_heads} kv heads of {config.head_dim}, hidden "
         f"{config.hidden_dim}, vocabulary {config.vocab_size}"
@@ -81,11 +81,17 @@ def inspect_folder(folder: str | os.PathLike) -> dict[str, str]:
         "window": _window(config),
         "theta": _theta(config),
         "tokenizer": _tokenizer(checkpoint.folder, config),
-        "memory": f"{2 * parameters / 1e9:.2f} GB in bfloat16, {4 * parameters / 1e9:.2f} "
-        f"GB in float32, and {cache / 1e3:.1f} or {2 * cache / 1e3:.1f} kB for each token "
-        "in the cache",
+        "memory": f"{_bytes(2 * parameters)} in bfloat16, {_bytes(4 * parameters)} in "
+        f"float32, and {_bytes(cache)} or {_bytes(2 * cache)} for each token in the cache",
         "agreement": agreement,
     }
+
+
+def _bytes(n: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if n >= size:
+            return f"{n / size:.1f} {unit}"
+    return f"{n / 1e3:.1f} kB"
 
 
 def _window(config: ModelConfig) -> str:

@@ -4,7 +4,7 @@
 
 Makes a checkpoint of 2 GB in a temporary folder, loads it in processes of their own with
 the numpy loader of safetensors and with this package, and prints a table. The target: half
-as long again as the numpy loader at most, and 300 MB beyond the arrays. Needs /proc.
+as long again as the numpy loader at most, and 300 MB beyond the arrays. For Linux alone.
 """
 
 import json
