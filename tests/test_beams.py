@@ -7,70 +7,17 @@ import jax
 import numpy as np
 import pytest
 import torch
-import transformers
 from models import random_model, random_tokens
+from test_parity import hugging_face
 
-from mistral_eqx import beams, generation
+from mistral_eqx import beams, generation, load
 from mistral_eqx.beams import beam_search
-from mistral_eqx.checkpoint import weight_name
-
-
-def hugging_face(model):
-    """The same weights in transformers."""
-    config = model.config
-    reference = transformers.MistralForCausalLM(
-        transformers.MistralConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.dim,
-            intermediate_size=config.hidden_dim,
-            num_hidden_layers=config.n_layers,
-            num_attention_heads=config.n_heads,
-            num_key_value_heads=config.n_kv_heads,
-            head_dim=config.head_dim,
-            rms_norm_eps=config.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            sliding_window=config.sliding_window,
-            max_position_embeddings=4096,
-            tie_word_embeddings=False,
-            attn_implementation="eager",
-        )
-    ).eval()
-    halves = lambda w, heads: (
-        w.reshape(heads, config.head_dim // 2, 2, -1).swapaxes(1, 2).reshape(w.shape)
-    )
-    names = {
-        "attention.w": "self_attn.{}_proj",
-        "feed_forward.w1": "mlp.gate_proj",
-        "feed_forward.w2": "mlp.down_proj",
-        "feed_forward.w3": "mlp.up_proj",
-        "attention_norm": "input_layernorm",
-        "ffn_norm": "post_attention_layernorm",
-        "tok_embeddings": "model.embed_tokens",
-        "output": "lm_head",
-    }
-    state = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]:
-        name, weight = weight_name(path), np.array(leaf, np.float32)
-        if "attention.w" in name:
-            letter = name.split(".")[-2][1]
-            if letter in "qk":
-                weight = halves(
-                    weight, config.n_heads if letter == "q" else config.n_kv_heads
-                )
-            name = name.replace(f"attention.w{letter}", f"self_attn.{letter}_proj")
-        else:
-            for ours, theirs in names.items():
-                name = name.replace(ours, theirs)
-        if name.startswith("layers") or name.startswith("norm"):
-            name = "model." + name
-        state[name] = torch.tensor(weight)
-    reference.load_state_dict(state, strict=True)
-    return reference
 
 
 @functools.cache
 def pair(window):
-    model = random_model(sliding_window=window)
+    """A model in both: the embedded one, or a random one with such a window."""
+    model = load()[0] if window == "embedded" else random_model(sliding_window=window)
     return model, hugging_face(model)
 
 
@@ -135,6 +82,20 @@ def test_equals_transformers(early_stopping, length_penalty, eos_ids):
     )
     if length_penalty == 0:
         assert "eos" in {beam.reason for row in ours for beam in row}
+
+
+def test_embedded_model():
+    _, tokenizer = load()
+    search_both(
+        "embedded",
+        [tokenizer.encode("To be, or not"), tokenizer.encode("And God said unto")],
+        n_beams=4,
+        n_best=2,
+        max_tokens=24,
+        length_penalty=1.0,
+        early_stopping=False,
+        eos_ids=[tokenizer.eos_id],
+    )
 
 
 @pytest.mark.parametrize("n_beams", [1, 3])

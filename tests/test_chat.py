@@ -22,6 +22,7 @@ FILES = {
     "v2": "mistral_instruct_tokenizer_240216.model.v2",
     "v3": "mistral_instruct_tokenizer_240323.model.v3",
     "v7": "mistral_instruct_tokenizer_241114.model.v7",
+    "tekken": "tekken_240718.json",
 }
 SYSTEM = {"role": "system", "content": "Be brief.\n"}
 USER = {"role": "user", "content": "  How are you?  😀"}
@@ -53,7 +54,7 @@ def common(path, messages):
 @pytest.mark.parametrize("version", FILES)
 def test_ids_are_mistral_commons(version, tmp_path):
     # Under the name that says the version, and under the one that does not.
-    bare = tmp_path / "tokenizer.model"
+    bare = tmp_path / ("tekken.json" if version == "tekken" else "tokenizer.model")
     bare.symlink_to(DATA / FILES[version])
     for tokenizer in (Tokenizer(DATA / FILES[version]), Tokenizer(bare)):
         for messages in CONVERSATIONS:
@@ -99,7 +100,9 @@ def test_bad_conversations(messages, message):
         mx.encode_chat(Tokenizer(DATA / FILES["v3"]), messages)
 
 
-@pytest.mark.parametrize("version, window", [("v1", 8), ("v3", 8), ("v3", None)])
+@pytest.mark.parametrize(
+    "version, window", [("v1", 8), ("v3", 8), ("v3", None), ("tekken", 8)]
+)
 def test_history_is_computed_once_and_right(version, window, monkeypatch):
     tokenizer = Tokenizer(DATA / FILES[version])
     model = random_model(vocab_size=tokenizer.vocab_size, sliding_window=window)

@@ -20,6 +20,7 @@ PATHS = {
     "ours": TINY_MISTRAL / "tokenizer.model",
     "v1": DATA / "tokenizer.model.v1",
     "v3": DATA / "mistral_instruct_tokenizer_240323.model.v3",
+    "tekken": DATA / "tekken_240718.json",
 }
 ODD = ["", " ", "  two", "\n\n x", "naïve 😀👩\u200d👧 漢", 5 * "\ufffd" + " \ufffd"]
 TEXTS = st.sampled_from(ODD) | st.text(
