@@ -61,6 +61,16 @@ def test_pieces_are_the_whole_text(name, data):
     assert before + "".join(pieces) == tokenizer.decode(prompt + ids)
 
 
+@pytest.mark.parametrize("name", PATHS)
+def test_controls_have_no_text_and_take_none(name):
+    tokenizer = tokenizer_of(name)
+    ids = tokenizer.encode("king", bos=False) + 40 * [tokenizer.bos_id]
+    ids += tokenizer.encode("lear", bos=False)
+    detokenizer = Detokenizer(tokenizer)
+    pieces = [detokenizer.add([i]) for i in ids] + [detokenizer.end()]
+    assert "".join(pieces) == tokenizer.decode(ids)
+
+
 def test_a_long_text_is_not_decoded_again_and_again():
     decoded = []
 
