@@ -63,7 +63,9 @@ def test_demo(folder, capsys):
     for prompt, text in zip(prompts, texts):
         assert text.startswith(prompt) and len(text) > len(prompt) + 1
     model, tokenizer = mx.load(folder)
-    assert str(mx.generate(model, tokenizer, prompts[0], max_tokens=5)) + "\n" == texts[0]
+    prompts[2] += " is very good at testing. "
+    completions = mx.generate(model, tokenizer, prompts, max_tokens=5)
+    assert [f"{completion}\n" for completion in completions] == texts[:3]
 
 
 def report(capsys):
@@ -128,7 +130,6 @@ def test_train(params, text, tmp_path, capsys):
     capsys.readouterr()
     # What it makes is a model like any other.
     assert run("evaluate", text, out) == 0
-    assert run("demo", out, "--max_tokens", 2) == 0
     capsys.readouterr()
     # And is not overwritten.
     before = (out / "consolidated.safetensors").read_bytes()
