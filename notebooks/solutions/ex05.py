@@ -12,7 +12,7 @@ culprit = "C"
 culprit_wrong = "A"
 
 
-buckets = [int(np.quantile(exercises.LENGTHS, q)) for q in (0.55, 0.8, 0.93, 1.0)]
+buckets = [int(np.quantile(exercises.LENGTHS, q)) for q in (0.6, 0.85, 0.95, 1.0)]
 buckets_wrong = [64, 128, 256, 512]
 
 

@@ -127,7 +127,8 @@ def equations(jaxpr):  # those of the programs inside it too
 # %%
 depths = [2, 8, 16]
 loop, scan = [], []
-stages(scanned, *split(mx.Transformer(small, key=key)), text)  # the very first is slow
+shallow = mx.Transformer(dataclasses.replace(small, n_layers=1), key=key)
+stages(scanned, *split(shallow), text)  # the very first is slow
 for depth in depths:
     model = mx.Transformer(dataclasses.replace(small, n_layers=depth), key=key)
     loop.append(stages(lambda model, tokens: model(tokens)[0], model, text))
