@@ -109,13 +109,16 @@ def _train(options: argparse.Namespace) -> None:
         raise FileExistsError(f"{out} is there already. Move it, or train elsewhere.")
     config = read_config(options.params)
     texts = [split_held_out(read_text(file)) for file in options.corpus]
+    if options.tokenizer is not None:
+        check_vocabulary(Tokenizer(options.tokenizer), config.vocab_size)
     # Beside the target until the model is done: its checkpoint lets a run go on.
     work = out.with_name(out.name + ".training")
     work.mkdir(parents=True, exist_ok=True)
-    tokenizer_path = work / "tokenizer.model"
+    tokenizer_path, checkpoint = work / "tokenizer.model", work / "checkpoint.eqx"
     if options.tokenizer is not None:
         shutil.copyfile(options.tokenizer, tokenizer_path)
-    elif not tokenizer_path.exists():
+    elif not checkpoint.exists():
+        # What an attempt without one has left may be of other texts.
         learnt = "\n".join(text for text, _ in texts)
         train_tokenizer(learnt, tokenizer_path, vocab_size=config.vocab_size)
     tokenizer = Tokenizer(tokenizer_path)
@@ -135,7 +138,7 @@ def _train(options: argparse.Namespace) -> None:
         seq_len=options.seq_len,
         learning_rate=options.learning_rate,
         seed=options.seed,
-        checkpoint=work / "checkpoint.eqx",
+        checkpoint=checkpoint,
     )
     model = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model)
     save(model, out, tokenizer=tokenizer_path)

@@ -69,8 +69,7 @@ def prefill(
     `ValueError` for no prompts, an empty one, or an id that the vocabulary does not have.
     """
     _check_prompts(prompts, model.config.vocab_size)
-    if chunk is None:
-        chunk = default_chunk(model.config.smallest_window)
+    chunk = _checked_chunk(chunk, model.config.smallest_window)
     longest = max(len(prompt) for prompt in prompts)
     length = _padded_length(longest, chunk)
     tokens = np.zeros((len(prompts), length), np.int32)
@@ -271,8 +270,7 @@ def score(
     _check_prompts([tokens], model.config.vocab_size)
     if len(tokens) < 2:
         raise ValueError("A text of one token has nothing to score.")
-    if chunk is None:
-        chunk = default_chunk(model.config.smallest_window)
+    chunk = _checked_chunk(chunk, model.config.smallest_window)
     inputs, targets = (
         np.asarray(tokens[:-1], np.int32),
         np.asarray(tokens[1:], np.int32),
@@ -320,6 +318,14 @@ def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
                 f"Prompt {i} has the token id {wrong}, but the model's vocabulary has "
                 f"{vocab_size} ids, from 0. Is the tokenizer of this model?"
             )
+
+
+def _checked_chunk(chunk: int | None, window: int | None) -> int:
+    if chunk is None:
+        return default_chunk(window)
+    if chunk < 1:
+        raise ValueError(f"chunk must be 1 or more, got {chunk}.")
+    return chunk
 
 
 def _row_keys(key: PRNGKeyArray, prompts: Sequence[Sequence[int]]) -> Key[Array, "batch"]:

@@ -1,7 +1,10 @@
 """Next-token training: the loss, one step, and a loop that survives being killed."""
 
+import json
 import os
+import zlib
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -121,8 +124,11 @@ def fit(
     **Raises:**
 
     `ValueError` if `tokens` or `held_out` are shorter than a sequence, or if the
-    checkpoint is of another run.
+    checkpoint is of another run: other arguments, text or model.
     """
+    for name, size in (("batch_size", batch_size), ("seq_len", seq_len)):
+        if size < 1:
+            raise ValueError(f"{name} must be 1 or more, got {size}.")
     for name, stream in (("tokens", tokens), ("held_out", held_out)):
         if len(stream) < seq_len:
             raise ValueError(
@@ -130,13 +136,24 @@ def fit(
             )
     optimizer = make_optimizer(learning_rate=learning_rate, steps=steps, warmup=warmup)
     state = TrainState(model, optimizer.init(model), jnp.zeros((), jnp.int32))
+    run = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "seq_len": seq_len,
+        "learning_rate": learning_rate,
+        "warmup": warmup,
+        "seed": seed,
+        "text": zlib.crc32(np.asarray(tokens, np.int32).tobytes()),
+    }
     if checkpoint is not None and Path(checkpoint).exists():
-        state = _read_checkpoint(Path(checkpoint), state)
+        state = _read_checkpoint(Path(checkpoint), state, run)
     measured = sample_batch(
         held_out, batch_size=64, seq_len=seq_len, bos_id=bos_id, seed=0, step=0
     )
     start = int(state.step)
-    with tqdm(total=steps, initial=start, unit="step", desc="train") as progress:
+    with tqdm(
+        total=steps, initial=start, unit="step", desc="train", disable=None
+    ) as progress:
         shown = {}
         for step in range(start, steps):
             batch = sample_batch(
@@ -154,23 +171,33 @@ def fit(
             if done % checkpoint_every == 0 or done == steps:
                 shown["held out"] = f"{float(_evaluate(state.model, measured)):.3f}"
                 if checkpoint is not None:
-                    _write_checkpoint(Path(checkpoint), state)
+                    _write_checkpoint(Path(checkpoint), state, run)
             progress.set_postfix(shown, refresh=False)
             progress.update()
     return state.model
 
 
-def _write_checkpoint(path: Path, state: TrainState) -> None:
+def _write_checkpoint(path: Path, state: TrainState, run: dict[str, Any]) -> None:
     partial = path.with_name(path.name + ".partial")
-    eqx.tree_serialise_leaves(partial, state)
+    with open(partial, "wb") as file:
+        file.write(json.dumps(run).encode() + b"\n")
+        eqx.tree_serialise_leaves(file, state)
     partial.replace(path)
 
 
-def _read_checkpoint(path: Path, like: TrainState) -> TrainState:
-    try:
-        return eqx.tree_deserialise_leaves(path, like)
-    except Exception as error:
+def _read_checkpoint(path: Path, like: TrainState, run: dict[str, Any]) -> TrainState:
+    with open(path, "rb") as file:
+        try:
+            stored = json.loads(file.readline())
+            state = eqx.tree_deserialise_leaves(file, like)
+        except Exception as error:
+            raise ValueError(
+                f"{path} is not a checkpoint of this run: its model or optimizer has "
+                "another shape, or the file is damaged. Move it away to start anew."
+            ) from error
+    if changed := sorted(name for name in run if run[name] != stored[name]):
         raise ValueError(
-            f"{path} is not a checkpoint of this run: its model or optimizer has another "
-            "shape, or the file is damaged. Move it away to start anew."
-        ) from error
+            f"{path} is a checkpoint of another run: {', '.join(changed)} changed. "
+            "Go on as that run began, or move it away to start anew."
+        )
+    return state

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 from models import PARAMS, cast, random_model, random_tokens
 
@@ -83,9 +84,6 @@ def test_save_then_load(tmp_path, stored, window):
 
 @pytest.mark.parametrize("stored", DTYPES)
 def test_file_is_what_others_read(tmp_path, stored):
-    torch = pytest.importorskip("torch")
-    from safetensors.torch import load_file
-
     model = cast(random_model(), DTYPES[stored])
     save(model, tmp_path / "model")
     weights = load_file(tmp_path / "model" / "consolidated.safetensors")

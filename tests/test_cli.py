@@ -1,0 +1,290 @@
+import json
+import lzma
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from models import PARAMS
+
+import mistral_eqx as mx
+from mistral_eqx import export, training
+from mistral_eqx.__main__ import main, read_text, split_held_out
+from mistral_eqx.text import TINY_MISTRAL
+
+
+TEXT = "the cat sat on the mat, and the dog sat by the door\n" * 60
+SEPARATOR = "=====================\n"
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def params(tmp_path):
+    """The folder of a model to train."""
+    folder = tmp_path / "params"
+    folder.mkdir()
+    params = PARAMS | {"vocab_size": 300, "n_layers": 1}
+    (folder / "params.json").write_text(json.dumps(params))
+    return folder
+
+
+def run(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+def fails(capsys, *arguments):
+    """The one line on standard error."""
+    try:
+        status = run(*arguments)
+    except SystemExit as error:  # argparse's
+        status = error.code
+    out, err = capsys.readouterr()
+    assert status == 2 and out == ""
+    line = err.splitlines()[-1]
+    assert err.endswith("\n") and (err.count("\n") == 1 or err.startswith("usage:"))
+    return line
+
+
+def test_demo(folder, capsys):
+    assert run("demo", folder, "--max_tokens", 5) == 0
+    out, err = capsys.readouterr()
+    prompts = ["This is a test", "This is another test", "This is a third test, mistral AI"]
+    texts = out.split(SEPARATOR)
+    assert len(texts) == 4 and texts[3] == "" and err == ""
+    for prompt, text in zip(prompts, texts):
+        assert text.startswith(prompt) and len(text) > len(prompt) + 1
+    model, tokenizer = mx.load(folder)
+    assert str(mx.generate(model, tokenizer, prompts[0], max_tokens=5)) + "\n" == texts[0]
+
+
+def report(capsys):
+    out, err = capsys.readouterr()
+    assert err == ""
+    return {line[:16].strip(): float(line[16:]) for line in out.splitlines()}
+
+
+def test_evaluate(folder, text, tmp_path, capsys):
+    assert run("evaluate", text, folder) == 0
+    told = report(capsys)
+    model, tokenizer = mx.load(folder)
+    scores = mx.score(model, tokenizer.encode(TEXT))
+    nats = -float(np.sum(scores, dtype=np.float64))
+    assert told == {
+        "tokens": len(scores),
+        "bytes": len(TEXT),
+        "nats per token": round(nats / len(scores), 4),
+        "bits per byte": round(nats / np.log(2) / len(TEXT), 4),
+    }
+    compressed = tmp_path / "text.txt.xz"
+    compressed.write_bytes(lzma.compress(TEXT.encode()))
+    assert run("evaluate", compressed, folder) == 0
+    assert report(capsys) == told
+    assert run("evaluate", "--held-out", text, folder) == 0
+    assert report(capsys)["bytes"] == len(TEXT) / 10
+
+
+def test_held_out_is_the_last_tenth():
+    learnt, held_out = split_held_out(TEXT)
+    assert learnt + held_out == TEXT
+    assert 9 * len(held_out) <= len(learnt) + 9 <= 9 * len(held_out) + 9
+
+
+@pytest.mark.parametrize("text", ["", "x", "a\r\nb\n", "é🦙" * 5])
+def test_read_text_changes_nothing(tmp_path, text):
+    for name, content in (
+        ("plain", text.encode()),
+        ("compressed.xz", lzma.compress(text.encode())),
+    ):
+        (tmp_path / name).write_bytes(content)
+        assert read_text(tmp_path / name) == text
+
+
+def test_train(params, text, tmp_path, capsys):
+    out = tmp_path / "deep" / "trained"
+    options = ["--params", params, "--corpus", text, "--batch_size", 2, "--seq_len", 16]
+    with jax.numpy_dtype_promotion("standard"):
+        assert run("train", out, *options, "--steps", 4) == 0
+    assert os.listdir(out.parent) == ["trained"]
+    assert set(os.listdir(out)) == {
+        "params.json",
+        "consolidated.safetensors",
+        "tokenizer.model",
+    }
+    model, tokenizer = mx.load(out)
+    assert tokenizer.vocab_size == model.config.vocab_size == 300
+    learnt, _ = split_held_out(TEXT)
+    mx.train_tokenizer(learnt, tmp_path / "expected.model", vocab_size=300)
+    expected = (tmp_path / "expected.model").read_bytes()
+    assert (out / "tokenizer.model").read_bytes() == expected
+    capsys.readouterr()
+    # What it makes is a model like any other.
+    assert run("evaluate", text, out) == 0
+    assert run("demo", out, "--max_tokens", 2) == 0
+    capsys.readouterr()
+    # And is not overwritten.
+    before = (out / "consolidated.safetensors").read_bytes()
+    assert "is there already" in fails(capsys, "train", out, *options, "--steps", 4)
+    assert (out / "consolidated.safetensors").read_bytes() == before
+
+
+def test_train_goes_on(params, text, tmp_path, monkeypatch, capsys):
+    # Killed behind its last checkpoint, while it writes the model.
+    options = ["--params", params, "--corpus", text, "--batch_size", 2, "--seq_len", 16]
+    options += ["--steps", 3]
+    work = tmp_path / "trained.training"
+
+    def killed(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    with jax.numpy_dtype_promotion("standard"):
+        with monkeypatch.context() as patch:
+            patch.setattr(export, "save", killed)
+            assert run("train", tmp_path / "trained", *options) == 130
+        assert capsys.readouterr() == ("", "Interrupted.\n")
+        assert sorted(os.listdir(work)) == ["checkpoint.eqx", "tokenizer.model"]
+        # Not with other options,
+        line = fails(capsys, "train", tmp_path / "trained", *options, "--seed", 1)
+        assert "another run: seed" in line and str(work) in line
+        # and with the same no step is left to do.
+        monkeypatch.setattr(training, "train_step", killed)
+        assert run("train", tmp_path / "trained", *options) == 0
+    assert not work.exists()
+    assert mx.load(tmp_path / "trained")[1].vocab_size == 300
+
+
+def test_train_tokenizer(text, tmp_path, capsys):
+    out = tmp_path / "tokenizer.model"
+    options = ["--corpus", text, text, "--vocab_size", 300]
+    assert run("train-tokenizer", out, *options) == 0
+    assert capsys.readouterr() == ("", "")
+    assert mx.Tokenizer(out).vocab_size == 300
+    learnt, _ = split_held_out(TEXT)
+    mx.train_tokenizer(f"{learnt}\n{learnt}", tmp_path / "expected", vocab_size=300)
+    assert out.read_bytes() == (tmp_path / "expected").read_bytes()
+    assert "is there already" in fails(capsys, "train-tokenizer", out, *options)
+
+
+def test_train_with_a_given_tokenizer(params, text, tmp_path, capsys):
+    tokenizer = tmp_path / "given.model"
+    mx.train_tokenizer(TEXT.upper(), tokenizer, vocab_size=300)
+    options = ["--params", params, "--corpus", text, "--batch_size", 1, "--seq_len", 8]
+    options += ["--steps", 0, "--tokenizer", tokenizer]
+    assert run("train", tmp_path / "trained", *options) == 0
+    trained = tmp_path / "trained" / "tokenizer.model"
+    assert trained.read_bytes() == tokenizer.read_bytes()
+    # One of another size is refused, and leaves nothing behind.
+    embedded = TINY_MISTRAL / "tokenizer.model"
+    line = fails(capsys, "train", tmp_path / "b", *options, "--tokenizer", embedded)
+    assert "tokenizer has 2048 ids, but the model has 300" in line
+    assert not (tmp_path / "b.training").exists()
+
+
+def cut(path, size):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def test_errors(folder, text, params, tmp_path, capsys):
+    none = tmp_path / "none"
+    assert f"no folder {none}" in fails(capsys, "demo", none)
+    assert "max_tokens must be 0 or more" in fails(
+        capsys, "demo", folder, "--max_tokens=-1"
+    )
+    assert "invalid int value: 'x'" in fails(capsys, "demo", folder, "--max_tokens", "x")
+    assert "COMMAND" in fails(capsys)
+    assert "invalid choice: 'sing'" in fails(capsys, "sing")
+    assert str(none) in fails(capsys, "evaluate", none, folder)
+    assert str(tmp_path) in fails(capsys, "evaluate", tmp_path, folder)
+    (tmp_path / "empty").touch()
+    assert "is empty" in fails(capsys, "evaluate", tmp_path / "empty", folder)
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    assert "as UTF-8 text" in fails(capsys, "evaluate", tmp_path / "binary", folder)
+    compressed = tmp_path / "cut.xz"
+    compressed.write_bytes(lzma.compress(TEXT.encode())[:-20])
+    assert "cut.xz cannot be read" in fails(capsys, "evaluate", compressed, folder)
+    (tmp_path / "short").write_text("the cat")
+    options = ["--params", params, "--steps", 1]
+    trained = tmp_path / "trained"
+    tokenizer = tmp_path / "tokenizer.model"
+    mx.train_tokenizer(TEXT, tokenizer, vocab_size=300)
+    for name, value in (("--tokenizer", none), ("--params", none), ("--corpus", none)):
+        assert str(none) in fails(capsys, "train", trained, *options, name, value)
+    line = fails(capsys, "train", trained, *options, "--corpus", tmp_path / "short")
+    assert "tokenizer with 300 ids cannot be learnt" in line
+    options += ["--tokenizer", tokenizer]
+    line = fails(capsys, "train", trained, *options, "--corpus", tmp_path / "short")
+    assert "fewer than one sequence of 256" in line
+    options += ["--corpus", text]
+    for name in ("batch_size", "seq_len"):
+        line = fails(capsys, "train", trained, *options, f"--{name}=0")
+        assert f"{name} must be 1 or more, got 0" in line
+    line = fails(capsys, "train-tokenizer", none, "--corpus", text, "--vocab_size", 9999)
+    assert "tokenizer with 9999 ids cannot be learnt" in line
+    assert not trained.exists() and not none.exists()
+    cut(folder / "consolidated.safetensors", 10_000)
+    assert "damaged or not whole" in fails(capsys, "demo", folder)
+    cut(folder / "params.json", 10)
+    assert "params.json cannot be used" in fails(capsys, "demo", folder)
+
+
+def test_debug_shows_where(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        run("--debug", "demo", tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["demo"], ["evaluate"], ["train"], ["train-tokenizer"]]
+)
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        run(*command, "--help")
+    assert exit.value.code == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("usage: python -m mistral_eqx") and err == ""
+
+
+def shell(*arguments, **options):
+    return subprocess.Popen(
+        [sys.executable, "-m", "mistral_eqx", *map(str, arguments)],
+        cwd=Path(mx.__file__).parents[1],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
+    )
+
+
+def test_from_a_shell(folder, tmp_path):
+    """As a user has it: without this suite's checks, with an exit status."""
+    good = shell("demo", folder, "--max_tokens", 3)
+    bad = shell("demo", tmp_path / "none")
+    closed = shell("demo", folder, "--max_tokens", 3)
+    closed.stdout.close()  # as `head` does, once it has seen enough
+    out, err = good.communicate(timeout=300)
+    assert (good.returncode, err, out.count(SEPARATOR)) == (0, "", 3)
+    out, err = bad.communicate(timeout=300)
+    assert (bad.returncode, out) == (2, "")
+    assert err == f"mistral_eqx: There is no folder {tmp_path / 'none'}.\n"
+    assert (closed.stderr.read(), closed.wait(timeout=300)) == ("", 0)
+
+
+def test_embedded_model_demo(capsys):
+    assert run("demo", "--max_tokens", 20) == 0
+    assert capsys.readouterr().out.count(SEPARATOR) == 3
+
+
+def test_embedded_model_compresses_what_it_has_not_read(capsys, tmp_path):
+    """Better than xz -9, which needs 2.49 and 1.75 bits for a byte."""
+    for name, bound in (("shakespeare", 2.49), ("king_james_bible", 1.75)):
+        _, unseen = split_held_out(read_text(TINY_MISTRAL / "corpus" / f"{name}.txt.xz"))
+        (tmp_path / name).write_text(unseen[:50_000])
+        assert run("evaluate", tmp_path / name) == 0
+        assert report(capsys)["bits per byte"] < bound

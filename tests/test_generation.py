@@ -1,0 +1,327 @@
+import collections
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import PARAMS, random_model, random_tokens
+
+from mistral_eqx import Sampling, Transformer, decode, generation, prefill, score
+from mistral_eqx.generation import BLOCK, DecodeState, default_chunk
+
+
+KEY = jax.random.key(0)
+# Windows of 8: less than one, one to the token, and several.
+TEXT = random_tokens(40)
+PROMPTS = [TEXT[:1], TEXT[3:11], TEXT[:23], TEXT]
+
+
+def generate(model, prompts, *, max_tokens=24, temperature=0.0, key=KEY, **options):
+    return generation.generate(
+        model,
+        prompts,
+        max_tokens=max_tokens,
+        sampling=Sampling(temperature),
+        key=key,
+        **options,
+    )
+
+
+def begin(model, prompts, *, max_tokens, eos_ids=(-1,)):
+    """The state that a generation of `max_tokens` begins in."""
+    cache, logits = prefill(model, prompts, max_tokens=max_tokens)
+    return DecodeState(
+        cache,
+        logits,
+        remaining=jnp.full(len(prompts), max_tokens, jnp.int32),
+        ended=jnp.zeros(len(prompts), bool),
+        keys=jax.random.split(KEY, len(prompts)),
+        sampling=Sampling(),
+        eos_ids=jnp.array(eos_ids, jnp.int32),
+    )
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """The tokens and the slots of every program that is traced from here on."""
+    programs, hidden_states = [], Transformer.hidden_states
+
+    def spy(self, tokens, cache):
+        programs.append((tokens.size, cache.slots[0]))
+        return hidden_states(self, tokens, cache)
+
+    monkeypatch.setattr(Transformer, "hidden_states", spy)
+    return programs
+
+
+@pytest.mark.parametrize("window", [8, None])
+def test_a_row_does_not_know_its_company(window):
+    model = random_model(sliding_window=window)
+    _, batch = prefill(model, PROMPTS, max_tokens=BLOCK)
+    for prompt, logits in zip(PROMPTS, batch):
+        _, alone = prefill(model, [prompt], max_tokens=BLOCK)
+        np.testing.assert_allclose(alone[0], logits, atol=1e-4)
+    for temperature in (0.0, 1.0):
+        options = {"max_tokens": BLOCK, "temperature": temperature}
+        together = generate(model, PROMPTS, **options)
+        assert [len(row) for row in together] == [BLOCK] * 4
+        for prompt, row in zip(PROMPTS, together):
+            assert generate(model, [prompt], **options) == [row]
+        assert generate(model, PROMPTS[::-1], **options) == together[::-1]
+
+
+def test_chunks_and_blocks_do_not_matter():
+    model = random_model()
+    rows = generate(model, PROMPTS, temperature=1.0)
+    assert generate(model, PROMPTS, temperature=1.0, chunk=5) == rows
+    for block in (1, 8, 13, BLOCK):
+        streamed = list(
+            generation.stream(
+                model,
+                PROMPTS,
+                max_tokens=24,
+                sampling=Sampling(1.0),
+                block=block,
+                key=KEY,
+            )
+        )
+        assert len(streamed) == -(-24 // block)
+        assert all(len(row) <= block for made in streamed for row in made)
+        joined = [sum((made[i] for made in streamed), []) for i in range(4)]
+        assert joined == rows
+
+
+def test_sampling_draws_anew_for_every_token():
+    model = random_model()
+    # As good as uniform: a text tells of nothing but its keys.
+    options = {"temperature": 1e30, "max_tokens": BLOCK}
+    rows = generate(model, [TEXT] * 4, **options)
+    assert len({tuple(row) for row in rows}) == 4
+    counts = np.bincount(np.concatenate(rows), minlength=64)
+    assert counts.max() < 20 and (counts > 0).sum() > 50
+    # The first copy is what the prompt gets alone; the key is all that decides.
+    assert generate(model, [TEXT], **options) == rows[:1]
+    assert generate(model, [TEXT] * 4, **options) == rows
+    other = generate(model, [TEXT] * 4, **options, key=jax.random.key(1))
+    assert sum(a == b for a, b in zip(sum(rows, []), sum(other, []))) < 20
+
+
+def until(row, eos_ids):
+    ends = [i for i, token in enumerate(row) if token in eos_ids]
+    return row[: ends[0]] if ends else row
+
+
+def test_end_of_sequence():
+    model = random_model()
+    rows = generate(model, PROMPTS)
+    # Ends one row at once, some later and some perhaps not at all.
+    for eos_ids in ([rows[0][0]], [rows[1][5], rows[2][9]], [row[0] for row in rows]):
+        expected = [until(row, eos_ids) for row in rows]
+        assert min(len(row) for row in expected) < 24
+        assert generate(model, PROMPTS, eos_ids=eos_ids) == expected
+        made = list(
+            generation.stream(
+                model, PROMPTS, max_tokens=24, eos_ids=eos_ids, block=2, key=KEY
+            )
+        )
+        assert [sum((rows[i] for rows in made), []) for i in range(4)] == expected
+
+
+def test_decoding_stops_when_every_row_has_ended():
+    model = random_model()
+    rows = generate(model, PROMPTS)
+    ends = [row[6] for row in rows]
+    longest = max(len(until(row, ends)) for row in rows)
+    assert longest < 10
+    state = begin(model, PROMPTS, max_tokens=BLOCK, eos_ids=ends)
+    before = int(state.cache.length)
+    state, tokens = decode(model, state, jnp.int32(BLOCK))
+    # The step that makes the last end is the last.
+    assert int(state.cache.length) - before == longest + 1
+    assert state.ended.all() and tokens.shape == (4, BLOCK)
+    assert [[t for t in row if t >= 0] for row in tokens.tolist()] == [
+        until(row, ends) for row in rows
+    ]
+    # And nothing more happens.
+    state, tokens = decode(model, state, jnp.int32(BLOCK))
+    assert int(state.cache.length) - before == longest + 1
+    assert (np.asarray(tokens) == -1).all()
+
+
+def test_max_tokens():
+    model = random_model()
+    rows = generate(model, PROMPTS, max_tokens=BLOCK + 3)
+    for max_tokens in (0, 1, 24, BLOCK, BLOCK + 1):
+        cut = [row[:max_tokens] for row in rows]
+        assert generate(model, PROMPTS, max_tokens=max_tokens) == cut
+
+
+def test_one_program_decodes_everything(traced):
+    model = random_model(norm_eps=2e-5)  # of no other test, so that nothing is compiled
+    generate(model, PROMPTS)
+    generate(model, PROMPTS, max_tokens=BLOCK + 7)
+    for options in (
+        {"max_tokens": 1},
+        {"max_tokens": 200},
+        {"temperature": 0.7},
+        {"key": jax.random.key(5)},
+        {"eos_ids": [7]},
+    ):
+        generate(model, PROMPTS, **options)
+    generate(model, [TEXT[:9], TEXT[5:30] * 8, TEXT[:2], TEXT[7:8]], temperature=1.0)
+    list(generation.stream(model, PROMPTS, max_tokens=24, block=3, key=KEY))
+    other = jax.tree.map(lambda leaf: 2 * leaf, model)
+    generate(other, PROMPTS)
+    # A chunk of one window, and the step.
+    assert traced == [(8, 16), (1, 16)]
+
+
+def test_prompts_of_all_lengths_share_their_programs(traced):
+    model = random_model(norm_eps=3e-5)
+    for length in range(1, 41):
+        prefill(model, [TEXT[:length]])
+    # A text that will not fill the ring gets a smaller one.
+    assert len(traced) == len(set(traced)) <= 8
+    assert set(traced) == {(size, slots) for size in (1, 2, 4, 8) for slots in (8, 16)}
+
+
+def test_a_long_prompt_needs_no_more(traced, monkeypatch):
+    """Through the programs of a short prompt, so in their memory, and in its cache."""
+    model = random_model(norm_eps=4e-5, sliding_window=64)
+    long = random_tokens(8000)
+    programs = {}
+
+    def run(prompt):
+        # The programs of this prompt alone, with the memory that each needs.
+        programs.clear()
+        cache, _ = prefill(model, [prompt], max_tokens=8)
+        rows = generate(model, [prompt], max_tokens=8)
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+        return rows, size, {shape: programs[shape] for shape in programs}
+
+    prefill_chunk = generation._prefill_chunk
+
+    def spy(model, cache, tokens):
+        shape = (tokens.shape, cache.slots)
+        if shape not in programs:
+            compiled = prefill_chunk.lower(model, cache, tokens).compile().compiled
+            programs[shape] = compiled.memory_analysis().temp_size_in_bytes
+        return prefill_chunk(model, cache, tokens)
+
+    monkeypatch.setattr(generation, "_prefill_chunk", spy)
+    _, size, short_programs = run(long[:100])
+    n_traced = len(traced)
+    (row,), long_size, long_programs = run(long)
+    assert long_size == size
+    assert long_programs.keys() <= short_programs.keys()
+    assert max(long_programs.values()) <= max(short_programs.values())
+    # Nothing was traced but, again, for the memory of the one chunk.
+    assert len(traced) - n_traced <= len(long_programs)
+    # Two layers reach 126 tokens back: the same text from its last 128 alone.
+    logits = prefill(model, [long])[1]
+    np.testing.assert_allclose(logits, prefill(model, [long[-128:]])[1], atol=0.02)
+    assert len(row) == 8
+
+
+@pytest.mark.parametrize("window", [8, None])
+def test_the_cache_is_updated_in_place(window):
+    """A step writes each ring once, as a block and not as a scatter, and copies none."""
+    model = random_model(sliding_window=window)
+    state = begin(model, PROMPTS, max_tokens=24)
+    batch, kv_heads, slots, head_dim = state.cache.layers[0].keys.shape
+    hlo = decode.lower(model, state, jnp.int32(BLOCK)).compile().compiled.as_text()
+    ring = f"f32[{batch},{kv_heads},{slots},{head_dim}]"
+    lines = [line.partition(", metadata")[0] for line in hlo.splitlines() if ring in line]
+    made = [line.partition(" = ")[2] for line in lines]
+    made = [line.split("} ", 1)[1] for line in made if line.startswith(ring)]
+    operations = collections.Counter(line.partition("(")[0] for line in made)
+    assert operations["dynamic-update-slice"] == 2 * model.config.n_layers
+    assert operations["scatter"] == operations["copy"] == 0
+    # On a CPU a scatter would have become a loop over its rows.
+    assert sum(" while(" in line for line in lines) == 1
+
+
+@pytest.mark.parametrize("window", [8, None])
+def test_score_is_the_log_probability(window):
+    model, text = random_model(sliding_window=window), random_tokens(41)
+    logits, _ = eqx.filter_jit(model)(jnp.asarray(text[:-1]))
+    logprobs = np.asarray(jax.nn.log_softmax(logits))[np.arange(40), text[1:]]
+    for chunk in (None, 5):
+        scores = score(model, text, chunk=chunk)
+        assert scores.dtype == np.float32
+        np.testing.assert_allclose(scores, logprobs, atol=1e-4)
+
+
+def test_score_of_a_long_text(traced):
+    model = random_model(norm_eps=5e-5)
+    scores = score(model, random_tokens(3004))
+    assert scores.shape == (3003,) and np.isfinite(scores).all()
+    score(model, random_tokens(204, seed=1))
+    score(model, random_tokens(1001, seed=2))
+    # 3 are 2 and 1.
+    assert sorted(traced) == [(1, 16), (2, 16), (8, 16)]
+
+
+@pytest.mark.parametrize(
+    "window, chunk",
+    [(1, 1), (3, 2), (8, 8), (64, 64), (255, 128), (4096, 256), (None, 256)],
+)
+def test_default_chunk(window, chunk):
+    assert default_chunk(window) == chunk
+
+
+def test_window_of_one():
+    """Nothing is seen but the token itself: the next depends on the last alone."""
+    model = random_model(sliding_window=1)
+    _, logits = prefill(model, [TEXT, TEXT[-1:]])
+    np.testing.assert_allclose(logits[0], logits[1], atol=1e-4)
+    rows = generate(model, [TEXT, TEXT[-1:]], max_tokens=8)
+    assert rows[0] == rows[1]
+
+
+BAD_PROMPTS = {
+    "none": ([], "There is no prompt"),
+    "empty": ([TEXT, []], "Prompt 1 is empty"),
+    "past the vocabulary": ([[3, 64]], "Prompt 0 has the token id 64, .* has 64 ids"),
+    "far past": ([[3], [2**31]], f"Prompt 1 has the token id {2**31}"),
+    "negative": ([[3], [5, -1, 2]], "Prompt 1 has the token id -1"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_PROMPTS)
+def test_bad_prompts(bad, traced):
+    prompts, message = BAD_PROMPTS[bad]
+    model = random_model()
+    with pytest.raises(ValueError, match=message):
+        generate(model, prompts)
+    with pytest.raises(ValueError, match=message):
+        prefill(model, prompts)
+    assert not traced
+
+
+def test_all_ids_of_the_vocabulary_are_good():
+    assert generate(random_model(), [[0, PARAMS["vocab_size"] - 1]], max_tokens=0) == [[]]
+
+
+def test_bad_options(traced):
+    model = random_model()
+    with pytest.raises(ValueError, match="max_tokens must be 0 or more, got -1"):
+        generate(model, PROMPTS, max_tokens=-1)
+    for block in (0, -1, BLOCK + 1):
+        with pytest.raises(ValueError, match=f"block must be between 1 and .* {block}"):
+            list(generation.stream(model, PROMPTS, max_tokens=1, block=block, key=KEY))
+    for chunk in (0, -1):
+        for call in (
+            lambda: generate(model, PROMPTS, chunk=chunk),
+            lambda: score(model, TEXT, chunk=chunk),
+        ):
+            with pytest.raises(ValueError, match=f"chunk must be 1 or more, got {chunk}"):
+                call()
+    with pytest.raises(ValueError, match="one token has nothing to score"):
+        score(model, [3])
+    with pytest.raises(ValueError, match="Prompt 0 is empty"):
+        score(model, [])
+    with pytest.raises(ValueError, match="token id 64"):
+        score(model, [3, 64])
+    assert not traced
