@@ -29,12 +29,12 @@ def saved(tmp_path_factory):
     """A folder in Mistral's format: random weights and the embedded model's tokenizer."""
     from models import random_model
 
-    from mistral_eqx import save_model
+    from mistral_eqx import save
     from mistral_eqx.text import TINY_MISTRAL
 
     path = tmp_path_factory.mktemp("saved") / "model"
     model = random_model(vocab_size=2048)
-    save_model(model, path, tokenizer=TINY_MISTRAL / "tokenizer.model")
+    save(model, path, tokenizer=TINY_MISTRAL / "tokenizer.model")
     return path
 
 
