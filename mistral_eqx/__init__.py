@@ -10,17 +10,24 @@ print(mx.generate(model, tokenizer, "To be, or not"))
 
 from .attention import Attention as Attention
 from .cache import Cache as Cache
+from .chat import Chat as Chat, chat as chat, encode_chat as encode_chat
 from .checkpoint import load_model as load_model
 from .config import ModelConfig as ModelConfig
 from .export import convert as convert, save as save
 from .generation import (
     decode as decode,
     decode_step as decode_step,
-    prefill as prefill,
-    score as score,
 )
+from .reading import prefill as prefill
 from .sampling import Sampling as Sampling
-from .text import Completion as Completion, generate as generate, load as load
+from .text import (
+    Completion as Completion,
+    beam_search as beam_search,
+    generate as generate,
+    load as load,
+    score as score,
+    stream as stream,
+)
 from .tokenizer import (
     Tokenizer as Tokenizer,
     load_tokenizer as load_tokenizer,

@@ -1,16 +1,21 @@
 """The command line: `python -m mistral_eqx COMMAND --help`."""
 
 import argparse
+import contextlib
+import dataclasses
+import json
 import lzma
 import math
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 
+from .sampling import Sampling
 from .text import TINY_MISTRAL, load
 
 
@@ -18,6 +23,8 @@ CORPUS = (
     TINY_MISTRAL / "corpus" / "shakespeare.txt.xz",
     TINY_MISTRAL / "corpus" / "king_james_bible.txt.xz",
 )
+RULE = "====================="
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,11 +43,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # when it closes standard output at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
-        print(f"mistral_eqx: {error}", file=sys.stderr)
+        _complain(error)
         return 2
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return 130
+
+
+def _complain(error: Exception) -> None:
+    # Libraries tell theirs in several lines.
+    print("mistral_eqx:", " ".join(str(error).split()), file=sys.stderr)
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -52,13 +64,118 @@ def _demo(options: argparse.Namespace) -> None:
         "This is another test",
         "This is a third test, mistral AI is very good at testing. ",
     ]
-    for completion in generate(model, tokenizer, prompts, max_tokens=options.max_tokens):
+    completions = generate(
+        model,
+        tokenizer,
+        prompts,
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+    )
+    for completion in completions:
         print(completion)
-        print("=====================")
+        print(RULE)
+
+
+def _interactive(options: argparse.Namespace) -> None:
+    from .text import stream
+
+    model, tokenizer = load(options.model)
+    sampling = {"max_tokens": options.max_tokens, "temperature": options.temperature}
+    for prompt in _ask("Prompt: "):
+        with _interruptible():
+            _show(stream(model, tokenizer, prompt, **sampling), before=prompt)
+        print(RULE)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from .text import beam_search, generate, stream
+
+    if options.n < 1:
+        raise ValueError(f"--n must be 1 or more, got {options.n}.")
+    if options.prompt is not None and options.file is not None:
+        raise ValueError("Give a prompt or --file, not both.")
+    if options.file is not None:
+        prompt = read_text(options.file)
+    elif options.prompt not in (None, "-"):
+        prompt = _text(options.prompt)
+    elif sys.stdin.isatty():
+        raise ValueError("There is no prompt: give one, or --file, or pipe it in.")
+    else:
+        prompt = read_text("-")
+    if options.file is not None or options.prompt in (None, "-"):
+        prompt = prompt.removesuffix("\n")  # the end of a file is not of the prompt
+    sampling = _sampling(options)
+    model, tokenizer = load(options.model)
+    if options.beams is not None:
+        (completions,) = beam_search(
+            model,
+            tokenizer,
+            [prompt],
+            n_beams=options.beams,
+            n_best=options.n,
+            max_tokens=options.max_tokens,
+        )
+    elif sys.stdout.isatty() and options.n == 1 and not options.json:
+        _show(stream(model, tokenizer, prompt, **sampling), before=prompt)
+        return
+    else:
+        completions = generate(model, tokenizer, [prompt] * options.n, **_sampling(options))
+    for i, completion in enumerate(completions):
+        if options.json:
+            fields = dataclasses.asdict(completion)
+            del fields["alternatives"]
+            print(json.dumps(fields, ensure_ascii=False))
+        else:
+            print(*([RULE] if i > 0 else []), completion, sep="\n")
+
+
+def _chat(options: argparse.Namespace) -> None:
+    from .chat import Chat
+
+    sampling = _sampling(options)
+    system = None if options.system is None else _text(options.system)
+    model, tokenizer = load(options.model)
+    talk = Chat(model, tokenizer, system=system, **sampling)
+    if sys.stdin.isatty():
+        print("/reset forgets the conversation, Ctrl-C ends an answer, Ctrl-D the chat.")
+    if options.model is None:
+        print("The embedded model read plays, not conversations.", file=sys.stderr)
+    for message in _ask("> "):
+        if message == "/reset":
+            talk.reset()
+        elif message.strip():
+            try:
+                with _interruptible():
+                    _show(talk.stream(message))
+            except ValueError as error:
+                # A message that cannot be sent is no reason to lose those before it.
+                if options.debug or not sys.stdin.isatty():
+                    raise
+                _complain(error)
+
+
+def _score(options: argparse.Namespace) -> None:
+    from .text import score
+
+    texts = [(file, read_text(file)) for file in options.files]
+    for file, text in texts:
+        if not text:
+            raise ValueError(f"{file} is empty: there is nothing to score.")
+    model, tokenizer = load(options.model)
+    if not options.json:
+        print(f"{'tokens':>10} {'logprob':>14} {'perplexity':>12}  text")
+    for file, text in texts:
+        scored = score(model, tokenizer, text)
+        n, logprob, perplexity = len(scored.tokens), sum(scored.logprobs), scored.perplexity
+        if options.json:
+            fields = {"text": file, "tokens": n, "logprob": logprob}
+            print(json.dumps({**fields, "perplexity": perplexity}))
+        else:
+            print(f"{n:10} {logprob:14.3f} {perplexity:12.4f}  {file}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from .generation import score
+    from .text import score
 
     text = read_text(options.file)
     if options.held_out:
@@ -66,11 +183,11 @@ def _evaluate(options: argparse.Namespace) -> None:
     if not text:
         raise ValueError(f"{options.file} is empty.")
     model, tokenizer = load(options.model)
-    scores = score(model, tokenizer.encode(text))
-    nats, size = -float(np.sum(scores, dtype=np.float64)), len(text.encode())
-    print(f"tokens          {len(scores)}")
+    scored = score(model, tokenizer, text)
+    nats, size = -math.fsum(scored.logprobs), len(text.encode())
+    print(f"tokens          {len(scored.tokens)}")
     print(f"bytes           {size}")
-    print(f"nats per token  {nats / len(scores):.4f}")
+    print(f"nats per token  {nats / len(scored.tokens):.4f}")
     print(f"bits per byte   {nats / math.log(2) / size:.4f}")
 
 
@@ -156,8 +273,10 @@ def _train_tokenizer(options: argparse.Namespace) -> None:
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """The text of a file, which may be compressed with xz. Raises `ValueError` if it is
-    not text, or damaged."""
+    """The text of a file, which may be compressed with xz, or of standard input if `path`
+    is "-". Raises `ValueError` if it is not text, or damaged."""
+    if path == "-":
+        return _decode(sys.stdin.buffer.read())
     path = Path(path)
     open_text = lzma.open if path.suffix == ".xz" else open
     try:
@@ -167,14 +286,90 @@ def read_text(path: str | os.PathLike) -> str:
         raise ValueError(f"{path} cannot be read as UTF-8 text: {error}") from error
 
 
+def _decode(line: bytes) -> str:
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"Standard input is not UTF-8 text: {error}") from error
+
+
+def _text(argument: str) -> str:
+    """An argument, or a line from a terminal: Python hides bytes that are not UTF-8."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{argument!r} is not UTF-8 text.") from error
+    return argument
+
+
+def _ask(question: str) -> Iterator[str]:
+    """Lines that are typed, up to Ctrl-D, or piped. Ctrl-C takes back a line."""
+    if not sys.stdin.isatty():
+        yield from (_decode(line).removesuffix("\n") for line in sys.stdin.buffer)
+        return
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  makes the line editable
+    while True:
+        try:
+            yield _text(input(question))
+        except KeyboardInterrupt:
+            print()
+        except EOFError:
+            print()
+            return
+
+
+def _show(pieces: Iterator[str], *, before: str = "") -> None:
+    """Prints text as it comes, or as a whole where nobody watches."""
+    if sys.stdout.isatty():
+        print(before, end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+    else:
+        print(before + "".join(pieces), flush=True)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C ends what is inside, and nothing more."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print()
+
+
+def _sampling(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_sampling`, checked before a model is loaded for minutes."""
+    if options.max_tokens < 0:
+        raise ValueError(f"max_tokens must be 0 or more, got {options.max_tokens}.")
+    if "" in options.stop:
+        raise ValueError("A stop string is empty: every text would end at once.")
+    numbers = {name: getattr(options, name) for name in SAMPLING}
+    Sampling(**numbers)
+    return {
+        **numbers,
+        "max_tokens": options.max_tokens,
+        "seed": options.seed,
+        "stop": options.stop,
+    }
+
+
 def split_held_out(text: str) -> tuple[str, str]:
     """The first nine tenths of a text to train on, and the last to measure with."""
     cut = len(text) * 9 // 10
     return text[:cut], text[cut:]
 
 
+class _Parser(argparse.ArgumentParser):
+    """Tells an error in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"mistral_eqx: {message} (see {self.prog} --help)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m mistral_eqx", description="Mistral in JAX and Equinox."
     )
     parser.add_argument(
@@ -190,6 +385,13 @@ def _parser() -> argparse.ArgumentParser:
             epilog=f"example: python -m mistral_eqx {example}",
         )
         sub.set_defaults(run=run)
+        # Here too, since it is thought of last.
+        sub.add_argument(
+            "--debug",
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help=argparse.SUPPRESS,
+        )
         return sub
 
     def add_model(sub):
@@ -210,9 +412,126 @@ def _parser() -> argparse.ArgumentParser:
             "by default the embedded Shakespeare and King James Bible",
         )
 
+    def add_length(sub, *, max_tokens, temperature):
+        sub.add_argument(
+            "--max_tokens",
+            type=int,
+            default=max_tokens,
+            metavar="N",
+            help=f"the most tokens to write ({max_tokens})",
+        )
+        sub.add_argument(
+            "--temperature",
+            type=float,
+            default=temperature,
+            metavar="T",
+            help="0 writes the most probable text, 1 draws as the model would "
+            f"({temperature})",
+        )
+
+    def add_sampling(sub, *, max_tokens):
+        add_length(sub, max_tokens=max_tokens, temperature=0.7)
+        add = sub.add_argument
+        add("--top_k", type=int, metavar="K", help="draw from the K best tokens only")
+        add(
+            "--top_p",
+            type=float,
+            default=1.0,
+            metavar="P",
+            help="draw from the fewest tokens that are together as probable as P",
+        )
+        add(
+            "--min_p",
+            type=float,
+            default=0.0,
+            metavar="P",
+            help="draw no token less than P times as probable as the best",
+        )
+        add(
+            "--repetition_penalty",
+            type=float,
+            default=1.0,
+            metavar="R",
+            help="above 1: avoid tokens that are in the text already",
+        )
+        add("--seed", type=int, default=0, metavar="N", help="another writes another (0)")
+        add(
+            "--stop",
+            action="append",
+            default=[],
+            metavar="TEXT",
+            help="end where this would be written; may be given again",
+        )
+
     demo = command("demo", _demo, "continue three prompts", "demo --max_tokens 35")
     add_model(demo)
-    demo.add_argument("--max_tokens", type=int, default=35, metavar="N")
+    add_length(demo, max_tokens=35, temperature=0.0)
+
+    interactive = command(
+        "interactive",
+        _interactive,
+        "continue the prompts that you type, until Ctrl-D",
+        "interactive --max_tokens 100 --temperature 0.7",
+    )
+    add_model(interactive)
+    add_length(interactive, max_tokens=35, temperature=0.7)
+
+    generate = command(
+        "generate",
+        _generate,
+        "continue a text, given as an argument, in a file, or piped in",
+        'generate "To be, or not" --n 3 --seed 1',
+    )
+    generate.add_argument("prompt", nargs="?", metavar="PROMPT", help="the text")
+    generate.add_argument("--file", metavar="FILE", help="read the text from a file")
+    generate.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="folder of a model; the embedded one by default",
+    )
+    add_sampling(generate, max_tokens=128)
+    generate.add_argument(
+        "--n", type=int, default=1, metavar="N", help="how many texts to write (1)"
+    )
+    generate.add_argument(
+        "--beams",
+        type=int,
+        metavar="N",
+        help="search with N beams for the most probable texts instead of drawing; "
+        "only --n, --max_tokens and --model matter then",
+    )
+    generate.add_argument(
+        "--json",
+        action="store_true",
+        help="one object a line: prompt, text, tokens, logprobs, reason, score",
+    )
+
+    chat = command(
+        "chat",
+        _chat,
+        "talk with a model; its template is that of its tokenizer (needs the extra chat)",
+        'chat mistral-7B-Instruct-v0.3 --system "Answer briefly."',
+    )
+    add_model(chat)
+    chat.add_argument("--system", metavar="TEXT", help="what to tell the model first")
+    add_sampling(chat, max_tokens=256)
+
+    score = command(
+        "score",
+        _score,
+        "tell how probable a model finds texts: the sum of their tokens' "
+        "log-probabilities, in nats, and the perplexity",
+        "score sonnet.txt psalm.txt",
+    )
+    score.add_argument(
+        "files", nargs="+", metavar="FILE", help="texts, plain or .xz; - for the piped one"
+    )
+    score.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="folder of a model; the embedded one by default",
+    )
+    score.add_argument("--json", action="store_true", help="one object a line")
 
     evaluate = command(
         "evaluate",
@@ -269,7 +588,7 @@ def _parser() -> argparse.ArgumentParser:
         _train,
         "train a model, and its tokenizer, from texts; a killed run goes on if started "
         "again with the same options",
-        "train my_mistral --steps 6000",
+        "train my_mistral --steps 4000",
     )
     train.add_argument("out", metavar="OUT", help="folder to make")
     add_corpus(train)
@@ -284,7 +603,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="a tokenizer.model to use, instead of training one",
     )
-    train.add_argument("--steps", type=int, default=6000, metavar="N")
+    train.add_argument("--steps", type=int, default=4000, metavar="N")
     train.add_argument("--batch_size", type=int, default=8, metavar="N")
     train.add_argument("--seq_len", type=int, default=256, metavar="N")
     train.add_argument("--learning_rate", type=float, default=3e-3, metavar="RATE")

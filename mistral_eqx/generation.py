@@ -2,11 +2,12 @@
 
 Whatever the prompts and the options are, the same few programs run: one for each size of
 chunk, and one that decodes a block of tokens. `prefill` fills a cache, `decode` continues
-it, `generate` does both.
+it, `stream` and `generate` do both.
 """
 
 import collections
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 
 import equinox as eqx
 import jax
@@ -14,15 +15,33 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32, Key, PRNGKeyArray
-from tqdm import tqdm
 
-from .cache import Cache, chunk_sizes
+from .cache import Cache
+from .reading import (
+    ENDED,
+    Scored,
+    alternatives_of,
+    check_alternatives,
+    check_prompts,
+    forward,
+    prefill,
+)
 from .sampling import Sampling
 from .transformer import Transformer
 
 
 # The most tokens that one call of `decode` can make.
 BLOCK = 64
+
+
+class Choice(eqx.Module):
+    """What a step chose, or a block of steps. The log-probabilities are the model's own,
+    in nats: no temperature, penalty or filter changes them."""
+
+    tokens: Int32[Array, "batch *block"]
+    logprobs: Float32[Array, "batch *block"]
+    top_tokens: Int32[Array, "batch *block top"]
+    top_logprobs: Float32[Array, "batch *block top"]
 
 
 class DecodeState(eqx.Module):
@@ -35,121 +54,83 @@ class DecodeState(eqx.Module):
     keys: Key[Array, "batch"]
     sampling: Sampling
     eos_ids: Int32[Array, "eos"]
+    # Which ids a row has, for the repetition penalty; without, there is none.
+    seen: Bool[Array, "batch vocab"] | None = None
+    alternatives: int = eqx.field(static=True, default=0)
 
 
-def default_chunk(window: int | None) -> int:
-    """The most tokens of a prompt that go through the model at once: the power of two that
-    fits in the window, so that the ring is no longer than two windows."""
-    return 256 if window is None else min(256, 1 << (window.bit_length() - 1))
+@dataclasses.dataclass
+class Continuation(Scored):
+    """What was made behind a prompt.
 
+    **Attributes:** those of [`Scored`][], and
 
-def prefill(
-    model: Transformer,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_tokens: int = 0,
-    chunk: int | None = None,
-) -> tuple[Cache, Float32[Array, "batch vocab"]]:
-    """Reads prompts of any lengths into a new cache, a chunk at a time.
-
-    **Arguments:**
-
-    - `model`: any.
-    - `prompts`: a list of token ids for each row, at least one in each.
-    - `max_tokens`: how many tokens will be written behind the prompts. It only matters
-        to layers without a window, whose ring must have room for them.
-    - `chunk`: the most tokens that go through the model at once.
-
-    **Returns:**
-
-    The cache, and the logits of the token that follows each prompt.
-
-    **Raises:**
-
-    `ValueError` for no prompts, an empty one, or an id that the vocabulary does not have.
+    - `reason`: "eos" if an end-of-sequence id was chosen, which is not among the tokens;
+        "length" at `max_tokens`; `None` if the row has not ended.
     """
-    _check_prompts(prompts, model.config.vocab_size)
-    chunk = _checked_chunk(chunk, model.config.smallest_window)
-    longest = max(len(prompt) for prompt in prompts)
-    length = _padded_length(longest, chunk)
-    tokens = np.zeros((len(prompts), length), np.int32)
-    for row, prompt in zip(tokens, prompts):
-        row[length - len(prompt) :] = prompt
-    padding = np.array([length - len(prompt) for prompt in prompts], np.int32)
-    # A power of two, so that few sizes of ring are ever compiled for.
-    max_length = _next_power_of_two(length + max_tokens)
-    cache = Cache(
-        model.config,
-        jnp.asarray(padding),
-        chunk=chunk,
-        max_length=max_length,
-        dtype=model.dtype,
-    )
-    start = 0
-    for size in chunk_sizes(0, length, chunk=chunk, slots=cache.slots):
-        piece = jnp.asarray(tokens[:, start : start + size])
-        cache, logits = _prefill_chunk(model, cache, piece)
-        start += size
-    return cache, logits
+
+    reason: str | None = None
 
 
-@eqx.filter_jit(donate="all-except-first")
-def _prefill_chunk(
-    model: Transformer, cache: Cache, tokens: Int32[Array, "batch chunk"]
-) -> tuple[Cache, Float32[Array, "batch vocab"]]:
-    return _forward(model, cache, tokens)
-
-
-def _forward(
-    model: Transformer, cache: Cache, tokens: Int32[Array, "batch seq"]
-) -> tuple[Cache, Float32[Array, "batch vocab"]]:
-    """The one place where the model meets a batch: the next logits of every row."""
-
-    def row(tokens, cache):
-        hidden, cache = model.hidden_states(tokens, cache)
-        return cache, model.logits(hidden[-1][-1:])[0]
-
-    return jax.vmap(row, in_axes=(0, cache.axes), out_axes=(cache.axes, 0))(tokens, cache)
-
-
-def decode_step(
-    model: Transformer, state: DecodeState
-) -> tuple[DecodeState, Int32[Array, "batch"]]:
+def decode_step(model: Transformer, state: DecodeState) -> tuple[DecodeState, Choice]:
     """Chooses the next token of every row and runs the model on it.
 
     **Returns:**
 
-    The new state and the tokens: -1 in rows that have ended, and where an end-of-sequence
-    id was chosen.
+    The new state and what was chosen: the token -1 in rows that have ended, and where an
+    end-of-sequence id was chosen. The rows' part of the cache holds all that was chosen
+    up to there, the end-of-sequence id included; what is written to it later are pads.
     """
     # A key depends on the row's own key and position alone, so that a row gets the same
     # text in whatever company it is.
     positions = state.cache.length - state.cache.padding
     keys = jax.vmap(jr.fold_in)(state.keys, positions)
-    choose = lambda logits, key: state.sampling(logits, key=key)
-    tokens = jax.vmap(choose)(state.logits, keys)
+    choose = lambda logits, seen, key: state.sampling(logits, seen, key=key)
+    tokens = jax.vmap(choose)(state.logits, state.seen, keys)
+    logprobs = jax.nn.log_softmax(state.logits)
+    top_logprobs, top_tokens = jax.lax.top_k(logprobs, state.alternatives)
     ended = state.ended | jnp.isin(tokens, state.eos_ids)
-    remaining = state.remaining - 1
-    cache, logits = _forward(model, state.cache, tokens[:, None])
-    state = eqx.tree_at(
-        lambda s: (s.cache, s.logits, s.remaining, s.ended),
-        state,
-        (cache, logits, remaining, ended | (remaining <= 0)),
+    choice = Choice(
+        jnp.where(ended, -1, tokens),
+        jnp.take_along_axis(logprobs, tokens[:, None], axis=1)[:, 0],
+        top_tokens,
+        top_logprobs,
     )
-    return state, jnp.where(ended, -1, tokens)
+    padding = jnp.where(state.ended, ENDED, state.cache.padding)
+    cache = eqx.tree_at(lambda cache: cache.padding, state.cache, padding)
+    cache, logits = forward(model, cache, tokens[:, None])
+    seen = state.seen
+    if seen is not None:
+        ids = jnp.arange(seen.shape[1], dtype=jnp.int32)
+        seen = seen | (ids[None, :] == tokens[:, None])
+    remaining = state.remaining - 1
+    state = eqx.tree_at(
+        lambda s: (s.cache, s.logits, s.seen, s.remaining, s.ended),
+        state,
+        (cache, logits, seen, remaining, ended | (remaining <= 0)),
+        is_leaf=lambda x: x is None,
+    )
+    return state, choice
 
 
 @eqx.filter_jit(donate="all-except-first")
 def decode(
     model: Transformer, state: DecodeState, steps: Int32[Array, ""]
-) -> tuple[DecodeState, Int32[Array, "batch block"]]:
+) -> tuple[DecodeState, Choice]:
     """Runs up to `steps <= BLOCK` decode steps on the device, fewer if every row ends.
 
     **Returns:**
 
-    The new state, and the tokens: -1 wherever a row made none. The state given is donated.
+    The new state, and `BLOCK` choices for each row: the token -1 wherever it made none.
+    The state given is donated.
     """
-    block = jnp.full((state.ended.shape[0], BLOCK), -1, jnp.int32)
+    batch, top = state.ended.shape[0], state.alternatives
+    block = Choice(
+        jnp.full((batch, BLOCK), -1, jnp.int32),
+        jnp.zeros((batch, BLOCK), jnp.float32),
+        jnp.zeros((batch, BLOCK, top), jnp.int32),
+        jnp.zeros((batch, BLOCK, top), jnp.float32),
+    )
 
     def going(carry):
         step, state, _ = carry
@@ -157,9 +138,9 @@ def decode(
 
     def advance(carry):
         step, state, block = carry
-        state, tokens = decode_step(model, state)
-        block = jax.lax.dynamic_update_index_in_dim(block, tokens, step, axis=1)
-        return step + 1, state, block
+        state, choice = decode_step(model, state)
+        write = lambda rows, new: rows.at[:, step].set(new)
+        return step + 1, state, jax.tree.map(write, block, choice)
 
     _, state, block = jax.lax.while_loop(going, advance, (jnp.int32(0), state, block))
     return state, block
@@ -169,163 +150,121 @@ def stream(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
     *,
-    max_tokens: int,
+    max_tokens: int | Sequence[int],
+    prefix: Cache | None = None,
     sampling: Sampling | None = None,
     eos_ids: Sequence[int] = (),
+    stopped: Callable[[], Sequence[bool]] | None = None,
+    alternatives: int = 0,
     chunk: int | None = None,
     block: int = 8,
     key: PRNGKeyArray,
-) -> Iterator[list[list[int]]]:
+) -> Iterator[list[Continuation]]:
     """Continues prompts and yields the tokens as they are made.
 
     **Arguments:**
 
     - `model`, `prompts`, `chunk`: see [`prefill`][].
-    - `max_tokens`: the most tokens to make for each prompt.
+    - `max_tokens`: the most tokens to make for each prompt: one number, or one a row.
+    - `prefix`: a cache that holds the beginning of every prompt, which is not computed
+        again. It stays as it is. What each prompt has beyond it must be a token at least,
+        and equally many in every row; a prefix of one row serves all.
     - `sampling`: how to choose them; greedy by default.
     - `eos_ids`: a row ends when one of them is chosen, which is not returned.
+    - `stopped`: asked between blocks which rows need no more tokens. They may still get
+        those of one or two blocks, which were under way.
+    - `alternatives`: of how many of the most probable tokens to tell at each place.
     - `block`: how many tokens to make between two yields, up to `BLOCK`.
     - `key`: for sampling. A prompt gets the same tokens alone as in any batch; the copies
         of a prompt within a batch get different ones.
 
     **Yields:**
 
-    For each row the tokens made since the last time: nothing for rows that have ended.
+    For each row what was made since the last time: nothing for rows that have ended.
+
+    **Raises:**
+
+    `ValueError` as `prefill` does, and for a number outside its range.
     """
-    if max_tokens < 0:
-        raise ValueError(f"max_tokens must be 0 or more, got {max_tokens}.")
+    budgets = _budgets(max_tokens, len(prompts))
     if not 1 <= block <= BLOCK:
         raise ValueError(f"block must be between 1 and {BLOCK}, got {block}.")
-    cache, logits = prefill(model, prompts, max_tokens=max_tokens, chunk=chunk)
+    check_alternatives(alternatives, model.config.vocab_size)
+    check_prompts(prompts, model.config.vocab_size)
+    most = max(budgets)
+    follow = prompts if prefix is None else _after(prefix, prompts)
+    cache, logits = prefill(model, follow, cache=prefix, max_tokens=most, chunk=chunk)
+    seen = np.zeros(logits.shape, bool)
+    for row, prompt in zip(seen, prompts):
+        row[list(prompt)] = True
     state = DecodeState(
         cache,
         logits,
-        remaining=jnp.full(len(prompts), max_tokens, jnp.int32),
-        ended=jnp.zeros(len(prompts), bool),
+        remaining=jnp.asarray(budgets, jnp.int32),
+        ended=jnp.asarray(budgets) == 0,
+        seen=jnp.asarray(seen),
         keys=_row_keys(key, prompts),
-        sampling=Sampling() if sampling is None else sampling,
+        # A copy, since the state is donated and the caller's options are not ours to give.
+        sampling=jax.tree.map(jnp.copy, Sampling() if sampling is None else sampling),
         eos_ids=jnp.asarray(list(eos_ids) or [-1], jnp.int32),
+        alternatives=alternatives,
     )
-    made = None
-    for start in range(0, max_tokens, block):
-        steps = min(block, max_tokens - start)
-        # The next block is under way before this one is looked at, so that the device
-        # does not wait for the host.
-        state, ahead = decode(model, state, jnp.int32(steps))
-        if made is not None:
-            yield _rows(made)
-            if np.all(np.asarray(made)[:, block - 1] == -1):
-                return
+    left = list(budgets)
+    # The next block is under way before one is looked at, so that the device does not
+    # wait for the host.
+    state, made = decode(model, state, jnp.int32(min(block, most)))
+    for start in range(block, max(most, 1) + block, block):
+        steps = min(block, most - start)
+        if steps > 0:
+            if stopped is not None:
+                rows = jnp.asarray(stopped(), bool)
+                state = eqx.tree_at(lambda s: s.ended, state, state.ended | rows)
+            state, ahead = decode(model, state, jnp.int32(steps))
+        pieces = _read(made, left, min(block, most - start + block))
+        yield pieces
+        if all(n < 0 for n in left) or (stopped is not None and all(stopped())):
+            return
         made = ahead
-    if made is not None:
-        yield _rows(made)
 
 
 def generate(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
     *,
-    max_tokens: int,
+    max_tokens: int | Sequence[int],
+    prefix: Cache | None = None,
     sampling: Sampling | None = None,
     eos_ids: Sequence[int] = (),
+    alternatives: int = 0,
     chunk: int | None = None,
     key: PRNGKeyArray,
-) -> list[list[int]]:
+) -> list[Continuation]:
     """Continues prompts. Arguments and errors are those of [`stream`][].
 
     **Returns:**
 
-    The new tokens of each row, without the end-of-sequence id that ended it.
+    What was made in each row.
     """
-    rows = [[] for _ in prompts]
+    rows = [Continuation() for _ in prompts]
     blocks = stream(
         model,
         prompts,
         max_tokens=max_tokens,
+        prefix=prefix,
         sampling=sampling,
         eos_ids=eos_ids,
+        alternatives=alternatives,
         chunk=chunk,
         block=BLOCK,
         key=key,
     )
-    for block in blocks:
-        for row, tokens in zip(rows, block):
-            row.extend(tokens)
+    for pieces in blocks:
+        for row, piece in zip(rows, pieces):
+            row.tokens += piece.tokens
+            row.logprobs += piece.logprobs
+            row.alternatives += piece.alternatives
+            row.reason = row.reason or piece.reason
     return rows
-
-
-def score(
-    model: Transformer, tokens: Sequence[int], *, chunk: int | None = None
-) -> Float32[np.ndarray, "scored"]:
-    """The log-probability, in nats, of every token but the first after those before it.
-
-    The tokens go through the rolling buffer in chunks, so a text of any length needs the
-    memory of one chunk.
-
-    **Arguments:**
-
-    - `model`, `chunk`: see [`prefill`][].
-    - `tokens`: the ids of one text, two at least.
-    """
-    _check_prompts([tokens], model.config.vocab_size)
-    if len(tokens) < 2:
-        raise ValueError("A text of one token has nothing to score.")
-    chunk = _checked_chunk(chunk, model.config.smallest_window)
-    inputs, targets = (
-        np.asarray(tokens[:-1], np.int32),
-        np.asarray(tokens[1:], np.int32),
-    )
-    cache = Cache(
-        model.config,
-        jnp.zeros((), jnp.int32),
-        chunk=chunk,
-        max_length=_next_power_of_two(len(inputs)),
-        dtype=model.dtype,
-    )
-    scores, start = [], 0
-    sizes = chunk_sizes(0, len(inputs), chunk=chunk, slots=cache.slots)
-    for size in tqdm(sizes, "score", unit="chunk", delay=1, disable=None):
-        piece = slice(start, start + size)
-        cache, scored = _score_chunk(model, cache, inputs[piece], targets[piece])
-        scores.append(scored)
-        start += size
-    return np.concatenate([np.asarray(scored) for scored in scores])
-
-
-@eqx.filter_jit(donate="all-except-first")
-def _score_chunk(
-    model: Transformer,
-    cache: Cache,
-    inputs: Int32[Array, "chunk"],
-    targets: Int32[Array, "chunk"],
-) -> tuple[Cache, Float32[Array, "chunk"]]:
-    logits, cache = model(inputs, cache)
-    logprobs = jax.nn.log_softmax(logits)
-    return cache, jnp.take_along_axis(logprobs, targets[:, None], axis=1)[:, 0]
-
-
-def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
-    if len(prompts) == 0:
-        raise ValueError("There is no prompt: give at least one.")
-    for i, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            raise ValueError(
-                f"Prompt {i} is empty. A model needs a token to follow: the BOS id, say."
-            )
-        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
-            wrong = next(token for token in prompt if not 0 <= token < vocab_size)
-            raise ValueError(
-                f"Prompt {i} has the token id {wrong}, but the model's vocabulary has "
-                f"{vocab_size} ids, from 0. Is the tokenizer of this model?"
-            )
-
-
-def _checked_chunk(chunk: int | None, window: int | None) -> int:
-    if chunk is None:
-        return default_chunk(window)
-    if chunk < 1:
-        raise ValueError(f"chunk must be 1 or more, got {chunk}.")
-    return chunk
 
 
 def _row_keys(key: PRNGKeyArray, prompts: Sequence[Sequence[int]]) -> Key[Array, "batch"]:
@@ -337,15 +276,51 @@ def _row_keys(key: PRNGKeyArray, prompts: Sequence[Sequence[int]]) -> Key[Array,
     return jax.vmap(jr.fold_in, in_axes=(None, 0))(key, jnp.asarray(copies))
 
 
-def _rows(block: Int32[Array, "batch block"]) -> list[list[int]]:
-    return [[int(token) for token in row if token >= 0] for row in np.asarray(block)]
+def _read(block: Choice, left: list[int], steps: int) -> list[Continuation]:
+    """The first `steps` choices of every row. `left` is how many tokens each row may still
+    make: it is counted down here, and is -1 once the row has ended."""
+    block = jax.tree.map(np.asarray, block)
+    pieces = []
+    for row, tokens in enumerate(block.tokens):
+        n = int(np.sum(tokens >= 0))
+        reason = None
+        if left[row] == n:
+            reason, left[row] = "length", -1
+        elif left[row] > 0 and n < steps:
+            reason, left[row] = "eos", -1
+        else:
+            left[row] -= n
+        pieces.append(
+            Continuation(
+                tokens[:n].tolist(),
+                block.logprobs[row, :n].tolist(),
+                alternatives_of(block.top_tokens[row, :n], block.top_logprobs[row, :n]),
+                reason,
+            )
+        )
+    return pieces
 
 
-def _padded_length(longest: int, chunk: int) -> int:
-    """Whole chunks and a power of two behind them: the least such length."""
-    whole, rest = divmod(longest, chunk)
-    return whole * chunk + (min(chunk, _next_power_of_two(rest)) if rest else 0)
+def _budgets(max_tokens: int | Sequence[int], n_prompts: int) -> list[int]:
+    budgets = [max_tokens] * n_prompts if isinstance(max_tokens, int) else list(max_tokens)
+    if len(budgets) != n_prompts:
+        raise ValueError(
+            f"max_tokens has {len(budgets)} numbers for {n_prompts} prompts: give one for "
+            "each, or a single one for all."
+        )
+    if budgets and min(budgets) < 0:
+        raise ValueError(f"max_tokens must be 0 or more, got {min(budgets)}.")
+    return budgets
 
 
-def _next_power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
+def _after(prefix: Cache, prompts: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+    """What the prompts have beyond a prefix of them."""
+    held = np.asarray(prefix.length - prefix.padding)
+    held = np.broadcast_to(held, len(prompts)) if held.size == 1 else held
+    for i, (prompt, n) in enumerate(zip(prompts, held)):
+        if len(prompt) <= n:
+            raise ValueError(
+                f"Prompt {i} has {len(prompt)} tokens, and the prefix holds {n}. The "
+                "prompts must begin with it and go on by a token at least."
+            )
+    return [prompt[max(n, 0) :] for prompt, n in zip(prompts, held)]

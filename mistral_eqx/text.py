@@ -2,39 +2,47 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import overload
 
 import jax.random as jr
 from jax.typing import DTypeLike
 
-from . import generation
+from . import beams, generation, reading
+from .cache import Cache
 from .checkpoint import load_model, read_config
+from .generation import Continuation
+from .reading import Scored
 from .sampling import Sampling
-from .tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from .tokenizer import Detokenizer, Tokenizer, check_vocabulary, load_tokenizer
 from .transformer import Transformer
 
 
 TINY_MISTRAL = Path(__file__).parent / "tiny_mistral"
 
 
-@dataclasses.dataclass(frozen=True)
-class Completion:
+@dataclasses.dataclass
+class Completion(Continuation):
     """How a prompt was continued. `str()` of it is the prompt and the text behind it.
 
     **Attributes:**
 
     - `prompt`: the text that was continued.
-    - `text`: what was written behind it.
-    - `tokens`: the ids of `text`.
-    - `reason`: why it ended: "eos" if the model ended it, "length" at `max_tokens`.
+    - `text`: what was written behind it, without a stop string.
+    - `tokens`: the ids that were made, those of a stop string included.
+    - `logprobs`: the log-probability of each, in nats, as the model has it: temperature,
+        penalty and filters do not change it.
+    - `alternatives`: the most probable ids at each place and their log-probabilities.
+    - `reason`: why it ended: "eos" if the model ended it, "length" at `max_tokens`,
+        "stop" at a stop string.
+    - `score`: of a beam: the sum of `logprobs`, that of the end-of-sequence id included,
+        over the length to the power of the length penalty.
     """
 
-    prompt: str
-    text: str
-    tokens: list[int]
-    reason: str
+    prompt: str = ""
+    text: str = ""
+    score: float | None = None
 
     def __str__(self) -> str:
         return self.prompt + self.text
@@ -82,8 +90,14 @@ def generate(
     tokenizer: Tokenizer,
     prompts: str | Sequence[str],
     *,
-    max_tokens: int = 64,
+    max_tokens: int | Sequence[int] = 64,
+    stop: str | Sequence[str] = (),
     temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    alternatives: int = 0,
     chunk: int | None = None,
     seed: int = 0,
 ) -> Completion | list[Completion]:
@@ -93,9 +107,12 @@ def generate(
 
     - `model`, `tokenizer`: as [`load`][mistral_eqx.load] returns them.
     - `prompts`: one text or several. An empty one asks for a text from its beginning.
-    - `max_tokens`: the most tokens to write behind each.
+    - `max_tokens`: the most tokens to write behind each: one number, or one for each.
+    - `stop`: strings that end a text where the first of them would stand.
     - `temperature`: 0 always writes the most probable token; 1 draws from the model's own
         distribution; between them, text is safer and more repetitive.
+    - `top_k`, `top_p`, `min_p`, `repetition_penalty`: see [`Sampling`][].
+    - `alternatives`: of how many of the most probable tokens to tell at each place.
     - `chunk`: the most tokens of a prompt that go through the model at once.
     - `seed`: of the draws. The same seed gives a prompt the same text, alone or in any
         batch; copies of a prompt within a batch get different ones.
@@ -109,20 +126,255 @@ def generate(
     `ValueError` for an empty list of prompts, or an option outside its range.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    rows = generation.generate(
+    writers = [Writer(tokenizer, text, stop=stop) for text in texts]
+    pieces = write(
         model,
-        [tokenizer.encode(text) for text in texts],
+        tokenizer,
+        writers,
         max_tokens=max_tokens,
-        sampling=Sampling(temperature=temperature),
+        sampling=Sampling(
+            temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+        ),
+        alternatives=alternatives,
+        chunk=chunk,
+        # Tokens behind a stop string are made for nothing.
+        block=8 if stop else generation.BLOCK,
+        seed=seed,
+    )
+    for _ in pieces:
+        pass
+    completions = [writer.completion for writer in writers]
+    return completions[0] if isinstance(prompts, str) else completions
+
+
+def stream(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_tokens: int = 64,
+    stop: str | Sequence[str] = (),
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    chunk: int | None = None,
+    seed: int = 0,
+) -> Iterator[str]:
+    """Continues a text and yields what is written as soon as it is certain: whole
+    characters, and nothing that a stop string may begin with. The pieces together are the
+    `text` that [`generate`][mistral_eqx.generate] returns, which see for the arguments."""
+    writer = Writer(tokenizer, prompt, stop=stop)
+    sampling = Sampling(
+        temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+    )
+    pieces = write(
+        model,
+        tokenizer,
+        [writer],
+        max_tokens=max_tokens,
+        sampling=sampling,
+        chunk=chunk,
+        seed=seed,
+    )
+    return (piece for (piece,) in pieces if piece)
+
+
+@overload
+def beam_search(
+    model: Transformer, tokenizer: Tokenizer, prompts: str, **options
+) -> list[Completion]: ...
+
+
+@overload
+def beam_search(
+    model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], **options
+) -> list[list[Completion]]: ...
+
+
+def beam_search(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: str | Sequence[str],
+    *,
+    n_beams: int,
+    n_best: int = 1,
+    max_tokens: int = 64,
+    length_penalty: float = 1.0,
+    early_stopping: bool | str = False,
+    chunk: int | None = None,
+) -> list[Completion] | list[list[Completion]]:
+    """Searches for the most probable continuations of a text, or of several.
+
+    **Arguments:** those of [`generate`][mistral_eqx.generate], and of
+    [`mistral_eqx.beams.beam_search`][].
+
+    **Returns:**
+
+    The `n_best` best [`Completion`][]s, the best first, with their `score`; for several
+    texts a list of those.
+
+    **Raises:**
+
+    `ValueError` for an option outside its range.
+    """
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    encoded = [tokenizer.encode(text) for text in texts]
+    found = beams.beam_search(
+        model,
+        encoded,
+        n_beams=n_beams,
+        n_best=n_best,
+        max_tokens=max_tokens,
+        length_penalty=length_penalty,
+        early_stopping=early_stopping,
         eos_ids=[tokenizer.eos_id],
         chunk=chunk,
-        key=jr.key(seed),
     )
     completions = []
-    for text, tokens in zip(texts, rows):
-        # Decoded behind the prompt: by themselves they would lose their first space.
-        ids = tokenizer.encode(text)
-        written = tokenizer.decode(ids + tokens)[len(tokenizer.decode(ids)) :]
-        reason = "length" if len(tokens) == max_tokens else "eos"
-        completions.append(Completion(text, written, tokens, reason))
+    for text, row in zip(texts, found):
+        completions.append([])
+        for beam in row:
+            writer = Writer(tokenizer, text)
+            writer.add(beam)
+            writer.completion.score = beam.score
+            completions[-1].append(writer.completion)
     return completions[0] if isinstance(prompts, str) else completions
+
+
+def score(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    alternatives: int = 0,
+    chunk: int | None = None,
+) -> Scored:
+    """How probable a model finds a text: its tokens, their log-probabilities, and the
+    perplexity. The text may be of any length; each token is scored after those before it
+    that the window lets the model see.
+
+    **Arguments:**
+
+    - `model`, `tokenizer`: as [`load`][mistral_eqx.load] returns them.
+    - `text`: not empty.
+    - `alternatives`: of how many of the most probable tokens to tell at each place.
+    - `chunk`: the most tokens that go through the model at once.
+
+    **Raises:**
+
+    `ValueError` for an empty text.
+    """
+    if not text:
+        raise ValueError("The text is empty: there is nothing to score.")
+    ids = tokenizer.encode(text)
+    return reading.score(model, ids, alternatives=alternatives, chunk=chunk)
+
+
+class Writer:
+    """One row's text, as its tokens come: decoded, and ended at a stop string."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: str | Sequence[int],
+        *,
+        stop: str | Sequence[str] = (),
+    ):
+        """**Arguments:**
+
+        - `tokenizer`: of the tokens.
+        - `prompt`: the text that is continued; or ids, as those of a conversation, behind
+            which a text of its own begins.
+        - `stop`: strings that end the text.
+
+        **Raises:**
+
+        `ValueError` for an empty stop string.
+        """
+        self._stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        if "" in self._stop:
+            raise ValueError("A stop string is empty: every text would end at once.")
+        of_text = isinstance(prompt, str)
+        self.ids = tokenizer.encode(prompt) if of_text else list(prompt)
+        self.completion = Completion(prompt=prompt if of_text else tokenizer.decode(prompt))
+        self._detokenizer = Detokenizer(tokenizer, self.ids if of_text else ())
+        # What may be the beginning of a stop string.
+        self._held = ""
+
+    def add(self, made: Continuation) -> str:
+        """The text that new tokens make certain. Nothing is added behind the end."""
+        completion, pieces = self.completion, []
+        for i, token in enumerate(made.tokens):
+            if completion.reason is not None:
+                break
+            completion.tokens.append(token)
+            completion.logprobs.append(made.logprobs[i])
+            completion.alternatives += made.alternatives[i : i + 1]
+            pieces.append(self._certain(self._detokenizer.add([token])))
+        if completion.reason is None and made.reason is not None:
+            pieces.append(self._certain(self._detokenizer.end()))
+            if completion.reason is None:
+                completion.reason = made.reason
+                pieces.append(self._held)
+        piece = "".join(pieces)
+        completion.text += piece
+        return piece
+
+    def _certain(self, text: str) -> str:
+        held = self._held + text
+        ends = [(held.find(s) + len(s), held.find(s)) for s in self._stop if s in held]
+        if ends:
+            # The one that is whole first, so that it does not matter how the text comes.
+            self.completion.reason = "stop"
+            return held[: min(ends)[1]]
+        longest = max(map(len, self._stop), default=1) - 1
+        beginnings = (
+            n
+            for n in range(min(longest, len(held)), 0, -1)
+            if any(stop.startswith(held[-n:]) for stop in self._stop)
+        )
+        certain = len(held) - next(beginnings, 0)
+        self._held = held[certain:]
+        return held[:certain]
+
+
+def write(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    writers: Sequence[Writer],
+    *,
+    max_tokens: int | Sequence[int],
+    prefix: Cache | None = None,
+    sampling: Sampling,
+    alternatives: int = 0,
+    chunk: int | None = None,
+    block: int = 8,
+    seed: int,
+) -> Iterator[list[str]]:
+    """Lets a model write for every writer, and yields the new text of each. Arguments are
+    those of [`mistral_eqx.generation.stream`][]."""
+    blocks = generation.stream(
+        model,
+        [writer.ids for writer in writers],
+        max_tokens=max_tokens,
+        prefix=prefix,
+        sampling=sampling,
+        eos_ids=[tokenizer.eos_id],
+        stopped=lambda: [writer.completion.reason == "stop" for writer in writers],
+        alternatives=alternatives,
+        chunk=chunk,
+        block=block,
+        key=jr.key(seed),
+    )
+    for made in blocks:
+        yield [writer.add(piece) for writer, piece in zip(writers, made)]

@@ -11,6 +11,8 @@ import sentencepiece
 
 # The newest first: a folder of v0.3 has its tokenizer under two names.
 _FILES = ("tokenizer.model", "tokenizer.model.v[0-9]*", "tekken.json")
+# How many ids a Detokenizer decodes again: more than any character's bytes.
+_CONTEXT = 16
 
 
 class Tokenizer:
@@ -102,6 +104,56 @@ def _version(path: Path) -> tuple[int, str]:
     """7 for `tokenizer.model.v7m1`."""
     digits = re.match(r"\d*", path.name.rpartition(".v")[2])[0]
     return int(digits or 0), path.name
+
+
+class Detokenizer:
+    """Text from ids as they come: the pieces together are the text of all ids.
+
+    By themselves ids have no text: a word's first id has its space only behind another,
+    and a character may be bytes of several ids. So a few ids before the new ones are
+    decoded again with them, and what may be an unfinished character is held back.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, context: Iterable[int] = ()):
+        """**Arguments:**
+
+        - `tokenizer`: of the ids.
+        - `context`: what stands before them, whose text is not told.
+        """
+        self._decode = tokenizer.decode
+        self._ids = list(context)
+        self._text = self._decode(self._ids)
+        self._told = len(self._text)
+
+    def add(self, ids: Iterable[int]) -> str:
+        """The text that `ids` make certain."""
+        self._ids += ids
+        self._text = self._decode(self._ids)
+        # An unfinished character is up to three bytes, and each may be decoded as one
+        # replacement character.
+        trailing = len(self._text) - len(self._text.rstrip("\ufffd"))
+        piece = self._tell(len(self._text) - min(trailing, 3))
+        if len(self._ids) > 2 * _CONTEXT:
+            self._forget()
+        return piece
+
+    def end(self) -> str:
+        """What was held back, as no more ids come."""
+        return self._tell(len(self._text))
+
+    def _tell(self, end: int) -> str:
+        piece = self._text[self._told : end]
+        self._told = max(self._told, end)
+        return piece
+
+    def _forget(self) -> None:
+        """Keeps the last ids only, so that a long text takes no longer for each id."""
+        ids = self._ids[-_CONTEXT:]
+        text = self._decode(ids)
+        untold = len(self._text) - self._told
+        # Ids without text, as control ids are, would take the next one's space with them.
+        if len(text) > untold:
+            self._ids, self._text, self._told = ids, text, len(text) - untold
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:

@@ -20,14 +20,17 @@ FLOORS = {
     "attention": 2,
     "transformer": 3,
     "checkpoint": 4,
-    "generation": 4,
+    "reading": 4,
+    "generation": 5,
+    "beams": 6,
     "training": 4,
     "export": 5,
     "tokenizer": 5,
     "inspection": 6,
-    "text": 6,
-    "__main__": 7,
-    "__init__": 8,
+    "text": 7,
+    "chat": 8,
+    "__main__": 9,
+    "__init__": 10,
 }
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 

@@ -76,7 +76,7 @@ def test_evaluate(folder, text, tmp_path, capsys):
     assert run("evaluate", text, folder) == 0
     told = report(capsys)
     model, tokenizer = mx.load(folder)
-    scores = mx.score(model, tokenizer.encode(TEXT))
+    scores = mx.score(model, tokenizer, TEXT).logprobs
     nats = -float(np.sum(scores, dtype=np.float64))
     assert told == {
         "tokens": len(scores),

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from models import PARAMS, random_model, random_tokens
 
-from mistral_eqx import Sampling, Transformer, decode, generation, prefill, score
-from mistral_eqx.generation import BLOCK, DecodeState, default_chunk
+from mistral_eqx import Sampling, Transformer, decode, generation, prefill, reading
+from mistral_eqx.generation import BLOCK, DecodeState
+from mistral_eqx.reading import default_chunk
 
 
 KEY = jax.random.key(0)
@@ -18,7 +19,8 @@ PROMPTS = [TEXT[:1], TEXT[3:11], TEXT[:23], TEXT]
 
 
 def generate(model, prompts, *, max_tokens=24, temperature=0.0, key=KEY, **options):
-    return generation.generate(
+    """The tokens of each row."""
+    rows = generation.generate(
         model,
         prompts,
         max_tokens=max_tokens,
@@ -26,6 +28,17 @@ def generate(model, prompts, *, max_tokens=24, temperature=0.0, key=KEY, **optio
         key=key,
         **options,
     )
+    return [row.tokens for row in rows]
+
+
+def stream(model, prompts, *, max_tokens=24, **options):
+    """The tokens of each row in every block."""
+    blocks = generation.stream(model, prompts, max_tokens=max_tokens, key=KEY, **options)
+    return [[row.tokens for row in block] for block in blocks]
+
+
+def score(model, tokens, **options):
+    return np.array(reading.score(model, tokens, **options).logprobs, np.float32)
 
 
 def begin(model, prompts, *, max_tokens, eos_ids=(-1,)):
@@ -76,16 +89,7 @@ def test_chunks_and_blocks_do_not_matter():
     rows = generate(model, PROMPTS, temperature=1.0)
     assert generate(model, PROMPTS, temperature=1.0, chunk=5) == rows
     for block in (1, 8, 13, BLOCK):
-        streamed = list(
-            generation.stream(
-                model,
-                PROMPTS,
-                max_tokens=24,
-                sampling=Sampling(1.0),
-                block=block,
-                key=KEY,
-            )
-        )
+        streamed = stream(model, PROMPTS, sampling=Sampling(1.0), block=block)
         assert len(streamed) == -(-24 // block)
         assert all(len(row) <= block for made in streamed for row in made)
         joined = [sum((made[i] for made in streamed), []) for i in range(4)]
@@ -120,11 +124,7 @@ def test_end_of_sequence():
         expected = [until(row, eos_ids) for row in rows]
         assert min(len(row) for row in expected) < 24
         assert generate(model, PROMPTS, eos_ids=eos_ids) == expected
-        made = list(
-            generation.stream(
-                model, PROMPTS, max_tokens=24, eos_ids=eos_ids, block=2, key=KEY
-            )
-        )
+        made = stream(model, PROMPTS, eos_ids=eos_ids, block=2)
         assert [sum((rows[i] for rows in made), []) for i in range(4)] == expected
 
 
@@ -136,7 +136,8 @@ def test_decoding_stops_when_every_row_has_ended():
     assert longest < 10
     state = begin(model, PROMPTS, max_tokens=BLOCK, eos_ids=ends)
     before = int(state.cache.length)
-    state, tokens = decode(model, state, jnp.int32(BLOCK))
+    state, choice = decode(model, state, jnp.int32(BLOCK))
+    tokens = choice.tokens
     # The step that makes the last end is the last.
     assert int(state.cache.length) - before == longest + 1
     assert state.ended.all() and tokens.shape == (4, BLOCK)
@@ -144,9 +145,9 @@ def test_decoding_stops_when_every_row_has_ended():
         until(row, ends) for row in rows
     ]
     # And nothing more happens.
-    state, tokens = decode(model, state, jnp.int32(BLOCK))
+    state, choice = decode(model, state, jnp.int32(BLOCK))
     assert int(state.cache.length) - before == longest + 1
-    assert (np.asarray(tokens) == -1).all()
+    assert (np.asarray(choice.tokens) == -1).all()
 
 
 def test_max_tokens():
@@ -170,7 +171,7 @@ def test_one_program_decodes_everything(traced):
     ):
         generate(model, PROMPTS, **options)
     generate(model, [TEXT[:9], TEXT[5:30] * 8, TEXT[:2], TEXT[7:8]], temperature=1.0)
-    list(generation.stream(model, PROMPTS, max_tokens=24, block=3, key=KEY))
+    stream(model, PROMPTS, block=3)
     other = jax.tree.map(lambda leaf: 2 * leaf, model)
     generate(other, PROMPTS)
     # A chunk of one window, and the step.
@@ -200,7 +201,7 @@ def test_a_long_prompt_needs_no_more(traced, monkeypatch):
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
         return rows, size, {shape: programs[shape] for shape in programs}
 
-    prefill_chunk = generation._prefill_chunk
+    prefill_chunk = reading._prefill_chunk
 
     def spy(model, cache, tokens):
         shape = (tokens.shape, cache.slots)
@@ -209,7 +210,7 @@ def test_a_long_prompt_needs_no_more(traced, monkeypatch):
             programs[shape] = compiled.memory_analysis().temp_size_in_bytes
         return prefill_chunk(model, cache, tokens)
 
-    monkeypatch.setattr(generation, "_prefill_chunk", spy)
+    monkeypatch.setattr(reading, "_prefill_chunk", spy)
     _, size, short_programs = run(long[:100])
     n_traced = len(traced)
     (row,), long_size, long_programs = run(long)
@@ -249,7 +250,6 @@ def test_score_is_the_log_probability(window):
     logprobs = np.asarray(jax.nn.log_softmax(logits))[np.arange(40), text[1:]]
     for chunk in (None, 5):
         scores = score(model, text, chunk=chunk)
-        assert scores.dtype == np.float32
         np.testing.assert_allclose(scores, logprobs, atol=1e-4)
 
 
@@ -310,7 +310,7 @@ def test_bad_options(traced):
         generate(model, PROMPTS, max_tokens=-1)
     for block in (0, -1, BLOCK + 1):
         with pytest.raises(ValueError, match=f"block must be between 1 and .* {block}"):
-            list(generation.stream(model, PROMPTS, max_tokens=1, block=block, key=KEY))
+            stream(model, PROMPTS, max_tokens=1, block=block)
     for chunk in (0, -1):
         for call in (
             lambda: generate(model, PROMPTS, chunk=chunk),

@@ -14,7 +14,7 @@ import transformers
 from hypothesis import given, settings, strategies as st
 from models import PARAMS, random_model, random_tokens
 
-from mistral_eqx import ModelConfig, Transformer, generation, load_model, save
+from mistral_eqx import ModelConfig, Transformer, load_model, prefill, reading, save
 from mistral_eqx.cache import Cache
 from mistral_eqx.config import Llama4Scaling, Yarn
 from mistral_eqx.rope import query_scale
@@ -110,11 +110,11 @@ def test_logits_of_a_ragged_batch_in_chunks(name, chunk, expected):
     model, tokens, steps = model_of(name), tokens_of(name), 4
     lengths = [5, 16, 17, 37, 70 - steps]
     rows = [tokens[:length] for length in lengths]
-    cache, logits = generation.prefill(model, rows, max_tokens=steps, chunk=chunk)
+    cache, logits = prefill(model, rows, max_tokens=steps, chunk=chunk)
     got = [logits]
     for step in range(steps):
         following = jnp.array([[tokens[length + step]] for length in lengths], jnp.int32)
-        cache, logits = generation._prefill_chunk(model, cache, following)
+        cache, logits = reading._prefill_chunk(model, cache, following)
         got.append(logits)
     for step, logits in enumerate(got):
         rows = [length - 1 + step for length in lengths]

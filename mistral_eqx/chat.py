@@ -1,0 +1,242 @@
+"""Conversations, in the templates that Mistral's instruct models were trained with.
+
+The ids of a conversation are mistral-common's, which is Mistral's own word on them (extra
+`chat`). Which template a tokenizer belongs to shows in its control ids. A tokenizer without
+any is of version 1, whose `[INST]` is plain text.
+"""
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from .reading import next_power_of_two, prefill
+from .sampling import Sampling
+from .text import Completion, Writer, write
+from .tokenizer import Tokenizer
+from .transformer import Transformer
+
+
+Message = Mapping[str, str]
+
+# The control id that a version of sentencepiece tokenizers has and those before it lack.
+_MARKS = {"v7": "[SYSTEM_PROMPT]", "v3": "[PREFIX]", "v2": "[INST]"}
+
+
+def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """The ids of a conversation, ready for the answer.
+
+    What stands in a message is text: `</s>` or `[INST]` in it never become the control ids
+    of these names.
+
+    **Arguments:**
+
+    - `tokenizer`: any of Mistral's, or of version 1's kind.
+    - `messages`: `{"role": ..., "content": ...}` each; the roles are "system", "user"
+        and "assistant", and the last is of the user.
+
+    **Raises:**
+
+    `ImportError` without mistral-common. `ValueError` for no messages, an unknown role, or
+    an order of roles that the template does not have; with a version 1 tokenizer also for
+    a message that contains `[INST]` or `[/INST]`, which it could not tell from its own.
+    """
+    if len(messages) == 0:
+        raise ValueError("The conversation is empty: give a message of the user's.")
+    for i, message in enumerate(messages):
+        if set(message) != {"role", "content"} or not isinstance(message["content"], str):
+            raise ValueError(
+                f'Message {i} must be {{"role": ..., "content": a text}}, got {message!r}.'
+            )
+        if message["role"] not in ("system", "user", "assistant"):
+            raise ValueError(
+                f"Message {i} has the unknown role {message['role']!r}: it must be "
+                '"system", "user" or "assistant".'
+            )
+    if messages[-1]["role"] != "user":
+        raise ValueError(
+            f"The last message must be of the user, got {messages[-1]['role']!r}."
+        )
+    templates = _templates(tokenizer.path)
+    from mistral_common.exceptions import MistralCommonException
+    from mistral_common.protocol.instruct.request import ChatCompletionRequest
+
+    if templates.version.value == "v1":
+        for i, message in enumerate(messages):
+            if "[INST]" in message["content"] or "[/INST]" in message["content"]:
+                raise ValueError(
+                    f"Message {i} contains [INST] or [/INST]. To this tokenizer, of "
+                    "version 1, these are the template's own marks: leave them out."
+                )
+    try:
+        request = ChatCompletionRequest(messages=[dict(m) for m in messages])
+        return templates.encode_chat_completion(request).tokens
+    except (MistralCommonException, ValueError) as error:
+        raise ValueError(f"These messages cannot be encoded: {error}") from error
+
+
+@functools.cache
+def _templates(path: Path):
+    try:
+        from mistral_common.protocol.instruct import normalize, validator
+        from mistral_common.tokens.tokenizers import instruct
+        from mistral_common.tokens.tokenizers.base import TokenizerVersion
+        from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+        from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
+    except ImportError as error:
+        raise ImportError(
+            "Chat needs mistral-common: pip install 'mistral_eqx[chat]'."
+        ) from error
+    if path.suffix == ".json":
+        return MistralTokenizer.from_file(path)
+    # mistral-common goes by the file's name, but most are just called tokenizer.model.
+    pieces = SentencePieceTokenizer(path, TokenizerVersion.v1)
+    version = next((v for v, mark in _MARKS.items() if pieces.is_special(mark)), "v1")
+    version = TokenizerVersion(version)
+    template = getattr(instruct, f"InstructTokenizer{version.value.upper()}")
+    return MistralTokenizer(
+        template(SentencePieceTokenizer(path, version)),
+        validator=validator.get_validator(version, validator.ValidationMode.test),
+        request_normalizer=normalize.get_normalizer(version, None),
+    )
+
+
+def chat(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    *,
+    max_tokens: int = 256,
+    stop: str | Sequence[str] = (),
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+) -> Completion:
+    """Answers a conversation.
+
+    **Arguments:**
+
+    - `messages`: see [`encode_chat`][mistral_eqx.encode_chat].
+    - The others are those of [`generate`][mistral_eqx.generate].
+
+    **Returns:**
+
+    The answer as a [`Completion`][]: `text` is what the assistant says.
+
+    **Raises:**
+
+    As `encode_chat` and `generate` do.
+    """
+    writer = Writer(tokenizer, encode_chat(tokenizer, messages), stop=stop)
+    sampling = Sampling(
+        temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+    )
+    answer = write(
+        model, tokenizer, [writer], max_tokens=max_tokens, sampling=sampling, seed=seed
+    )
+    for _ in answer:
+        pass
+    return writer.completion
+
+
+class Chat:
+    """A conversation that goes on. What was said is kept in a cache, and a new message
+    costs itself and the last answer, not the history.
+
+    **Attributes:** `messages`, all of them so far.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        *,
+        system: str | None = None,
+        max_tokens: int = 256,
+        stop: str | Sequence[str] = (),
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+    ):
+        """**Arguments:**
+
+        - `system`: what the model is told before the conversation.
+        - The others are those of [`chat`][mistral_eqx.chat].
+
+        **Raises:**
+
+        `ValueError` for an option outside its range.
+        """
+        self._model, self._tokenizer = model, tokenizer
+        self._system = system
+        self._max_tokens, self._stop, self._seed = max_tokens, stop, seed
+        self._sampling = Sampling(
+            temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+        )
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all that was said; the system prompt stays."""
+        self.messages: list[Message] = []
+        if self._system:
+            self.messages.append({"role": "system", "content": self._system})
+        self._ids, self._cache, self._capacity = [], None, 0
+
+    def stream(self, message: str) -> Iterator[str]:
+        """Yields the answer to a message as it is written. A message whose answer was
+        broken off stays in the conversation with what there is of the answer; one without
+        any answer does not. Raises as [`encode_chat`][mistral_eqx.encode_chat] does."""
+        messages = [*self.messages, {"role": "user", "content": message}]
+        ids = encode_chat(self._tokenizer, messages)
+        self._remember(ids, messages)
+        writer = Writer(self._tokenizer, ids, stop=self._stop)
+        pieces = write(
+            self._model,
+            self._tokenizer,
+            [writer],
+            max_tokens=self._max_tokens,
+            prefix=self._cache,
+            sampling=self._sampling,
+            seed=self._seed,
+        )
+        try:
+            yield from (piece for (piece,) in pieces if piece)
+        finally:
+            answer = writer.completion.text
+            if answer.strip():
+                self.messages = [*messages, {"role": "assistant", "content": answer}]
+
+    def _remember(self, ids: list[int], messages: list[Message]) -> None:
+        """Reads into the cache what will stand there in the next turn too: some templates
+        move the system prompt to the last message."""
+        later = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "a"}]
+        later = encode_chat(self._tokenizer, [*messages, *later])
+        differ = (i for i, pair in enumerate(zip(ids, later)) if pair[0] != pair[1])
+        # A token must be left to continue from.
+        same = min(next(differ, len(ids)), len(ids) - 1)
+        needed = len(ids) + self._max_tokens
+        held = self._ids == ids[: len(self._ids)] and needed <= self._capacity
+        if not held:
+            self._ids, self._cache = [], None
+            self._capacity = 2 * next_power_of_two(needed)
+        if same > len(self._ids):
+            self._cache, _ = prefill(
+                self._model,
+                [ids[len(self._ids) : same]],
+                cache=self._cache,
+                max_tokens=self._capacity - same,
+            )
+            self._ids = ids[:same]

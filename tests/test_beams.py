@@ -1,0 +1,206 @@
+"""Beam search against transformers: the same sequences with the same scores."""
+
+import functools
+
+import equinox as eqx
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from models import random_model, random_tokens
+
+from mistral_eqx import beams, generation
+from mistral_eqx.beams import beam_search
+from mistral_eqx.checkpoint import weight_name
+
+
+def hugging_face(model):
+    """The same weights in transformers."""
+    config = model.config
+    reference = transformers.MistralForCausalLM(
+        transformers.MistralConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.dim,
+            intermediate_size=config.hidden_dim,
+            num_hidden_layers=config.n_layers,
+            num_attention_heads=config.n_heads,
+            num_key_value_heads=config.n_kv_heads,
+            head_dim=config.head_dim,
+            rms_norm_eps=config.norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            sliding_window=config.sliding_window,
+            max_position_embeddings=4096,
+            tie_word_embeddings=False,
+            attn_implementation="eager",
+        )
+    ).eval()
+    halves = lambda w, heads: (
+        w.reshape(heads, config.head_dim // 2, 2, -1).swapaxes(1, 2).reshape(w.shape)
+    )
+    names = {
+        "attention.w": "self_attn.{}_proj",
+        "feed_forward.w1": "mlp.gate_proj",
+        "feed_forward.w2": "mlp.down_proj",
+        "feed_forward.w3": "mlp.up_proj",
+        "attention_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+        "tok_embeddings": "model.embed_tokens",
+        "output": "lm_head",
+    }
+    state = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]:
+        name, weight = weight_name(path), np.array(leaf, np.float32)
+        if "attention.w" in name:
+            letter = name.split(".")[-2][1]
+            if letter in "qk":
+                weight = halves(
+                    weight, config.n_heads if letter == "q" else config.n_kv_heads
+                )
+            name = name.replace(f"attention.w{letter}", f"self_attn.{letter}_proj")
+        else:
+            for ours, theirs in names.items():
+                name = name.replace(ours, theirs)
+        if name.startswith("layers") or name.startswith("norm"):
+            name = "model." + name
+        state[name] = torch.tensor(weight)
+    reference.load_state_dict(state, strict=True)
+    return reference
+
+
+@functools.cache
+def pair(window):
+    model = random_model(sliding_window=window)
+    return model, hugging_face(model)
+
+
+def search_both(window, prompts, **options):
+    model, reference = pair(window)
+    ours = beam_search(model, prompts, **options)
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    eos_ids = list(options["eos_ids"])
+    theirs = reference.generate(
+        ids,
+        attention_mask=mask,
+        do_sample=False,
+        num_beams=options["n_beams"],
+        num_return_sequences=options["n_best"],
+        max_new_tokens=options["max_tokens"],
+        length_penalty=options["length_penalty"],
+        early_stopping=options["early_stopping"],
+        eos_token_id=eos_ids or None,
+        bos_token_id=None,
+        pad_token_id=eos_ids[0] if eos_ids else 0,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    sequences = theirs.sequences[:, longest:].tolist()
+    scores = theirs.sequences_scores.tolist()
+    for i, beam in enumerate(beam for row in ours for beam in row):
+        sequence = sequences[i]
+        if eos_ids:
+            ends = [sequence.index(eos) for eos in eos_ids if eos in sequence]
+            sequence = sequence[: min(ends, default=len(sequence))]
+        assert beam.tokens == sequence
+        np.testing.assert_allclose(beam.score, scores[i], atol=1e-4)
+    return ours
+
+
+PROMPTS = [random_tokens(5), random_tokens(11, seed=1), random_tokens(8, seed=2)]
+
+
+@pytest.mark.parametrize(
+    "early_stopping, length_penalty, eos_ids",
+    [
+        (False, 1.0, [2]),
+        (False, -0.7, [2]),
+        (True, 0.0, [2, 9, 33]),
+        (True, 2.0, [2]),
+        ("never", 1.0, [2, 9, 33]),
+        ("never", -0.7, [2]),
+    ],
+)
+def test_equals_transformers(early_stopping, length_penalty, eos_ids):
+    ours = search_both(
+        8,
+        PROMPTS,
+        n_beams=4,
+        n_best=3,
+        max_tokens=16,
+        length_penalty=length_penalty,
+        early_stopping=early_stopping,
+        eos_ids=eos_ids,
+    )
+    if length_penalty == 0:
+        assert "eos" in {beam.reason for row in ours for beam in row}
+
+
+@pytest.mark.parametrize("n_beams", [1, 3])
+def test_without_window_and_without_end(n_beams):
+    if n_beams > 1:
+        search_both(
+            None,
+            PROMPTS[:2],
+            n_beams=n_beams,
+            n_best=n_beams,
+            max_tokens=8,
+            length_penalty=1.0,
+            early_stopping=False,
+            eos_ids=[],
+        )
+    else:
+        model, _ = pair(None)
+        (beam,), (greedy,) = (
+            beam_search(model, PROMPTS[:1], n_beams=1, max_tokens=8)[0],
+            generation.generate(model, PROMPTS[:1], max_tokens=8, key=jax.random.key(0)),
+        )
+        assert beam.tokens == greedy.tokens
+        np.testing.assert_allclose(beam.logprobs, greedy.logprobs, atol=1e-5)
+        np.testing.assert_allclose(beam.score, np.mean(greedy.logprobs), atol=1e-5)
+
+
+def test_a_row_does_not_depend_on_the_others():
+    model, _ = pair(8)
+    options = {"n_beams": 3, "n_best": 2, "max_tokens": 24, "eos_ids": [2]}
+    batch = beam_search(model, PROMPTS, **options)
+    for prompt, row in zip(PROMPTS, batch):
+        (alone,) = beam_search(model, [prompt], **options)
+        assert [beam.tokens for beam in alone] == [beam.tokens for beam in row]
+
+
+def test_one_trace_for_all_numbers():
+    model, _ = pair(8)
+    searched = eqx.debug.assert_max_traces(beams._choose, max_traces=2)
+    before = beams._choose
+    beams._choose = searched
+    try:
+        for max_tokens, penalty, early in ((20, 1.0, True), (23, 0.5, "never")):
+            beam_search(
+                model,
+                [[5, 6, 7]],
+                n_beams=5,
+                max_tokens=max_tokens,
+                length_penalty=penalty,
+                early_stopping=early,
+            )
+    finally:
+        beams._choose = before
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"n_beams": 0}, "n_beams"),
+        ({"n_beams": 65}, "vocabulary"),
+        ({"n_best": 3}, "n_best"),
+        ({"n_best": 0}, "n_best"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"length_penalty": float("nan")}, "length_penalty"),
+        ({"early_stopping": "soon"}, "early_stopping"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        beam_search(pair(8)[0], [[1]], **{"n_beams": 2, "max_tokens": 4} | options)
