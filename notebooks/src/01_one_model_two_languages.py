@@ -52,7 +52,8 @@ oracle = nb.Oracle("01")
 package, tokenizer = mx.load(dtype=jnp.float32)
 one_file = one_file_ref.Transformer.from_folder(nb.MODEL, dtype=jnp.float32)
 tokens = nb.held_out(128)  # [T]
-nb.say(f"The text begins: *{tokenizer.decode(tokens)[:60]}...*")
+start = " ".join(tokenizer.decode(tokens).split()[:10])
+nb.say(f"The text begins: *{start} ...*")
 
 # %% [markdown]
 # In torch a weight's name is spelt by the attributes that lead to it:
