@@ -395,9 +395,12 @@ def write_on_device(prompts):
 
 
 def write_torch(batch):
-    import torch_mistral
+    def write(twin):
+        import torch_mistral
 
-    return lambda twin: torch_mistral.greedy(twin, prompts[batch], NEW)
+        return torch_mistral.greedy(twin, prompts[batch], NEW)
+
+    return write
 
 
 def time_torch(batch):
