@@ -395,12 +395,9 @@ def write_on_device(prompts):
 
 
 def write_torch(batch):
-    def write(twin):
-        import torch_mistral
+    import torch_mistral
 
-        return torch_mistral.greedy(twin, prompts[batch], NEW)
-
-    return write
+    return lambda twin: torch_mistral.greedy(twin, prompts[batch], NEW)
 
 
 def time_torch(batch):
