@@ -89,7 +89,11 @@ def execute(
     # Compiled programs kept from an earlier run would make the first call look short.
     env = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false", **env}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    client.execute(env=env)
+    try:
+        client.execute(env=env)
+    except (AssertionError, AttributeError):
+        # At Ctrl-C nbclient ends the kernel, goes on, and stumbles over its absence.
+        raise KeyboardInterrupt("while a notebook ran") from None
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
     return notebook, cpu
