@@ -162,15 +162,15 @@ for offset, measured in ((-0.2, loop), (0.2, scan)):
         )
 axes[0].set_xticks(range(len(depths)), depths)
 axes[0].set(xlabel="layers", ylabel="first call (CPU seconds)")
-axes[0].legend(fontsize=9)
+axes[0].legend(fontsize=9, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
 axes[1].plot(depths, [n for n, _ in loop], label="loop")
 axes[1].plot(depths, [n for n, _ in scan], label="scan")
 axes[1].set(xlabel="layers", ylabel="equations in the program", ylim=(0, None))
 axes[1].set_xticks(depths)
 axes[1].legend()
 nb.caption(
-    "left, the first call is mostly compiling, and the run itself, in black, the least "
-    "of it. With the Python loop it grows with the depth, with scan it hardly does. "
+    "left, the first call is mostly compiling, and the run itself, in black, a small "
+    "part. With the Python loop it grows with the depth, with scan it hardly does. "
     "Right, why: the program of the loop has its equations once for each layer, that of "
     "scan once."
 )
