@@ -1,5 +1,7 @@
 """Grouped-query attention under a sliding window."""
 
+from functools import partial
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import jax.random as jr
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int32, PRNGKeyArray
 
+from . import cpu
 from .cache import LayerCache
 from .config import Llama4Scaling, ModelConfig
 from .layers import Linear
@@ -46,7 +49,7 @@ def attend(
     # The queries of a group become rows of one matrix: two plain batched products,
     # which XLA does faster than an einsum over five axes.
     rows = queries.reshape(seq, kv_heads, groups, head_dim).transpose(1, 2, 0, 3)
-    rows = rows.reshape(kv_heads, groups * seq, head_dim)
+    rows = rows.reshape(kv_heads, groups * seq, head_dim).astype(keys.dtype)
     scores = jnp.einsum("krd,ksd->krs", rows, keys, preferred_element_type=jnp.float32)
     scores = scores.reshape(kv_heads, groups, seq, slots) * head_dim**-0.5
     # A finite value: a pad sees no key at all, and a row of -inf alone would be NaN.
@@ -130,7 +133,15 @@ class Attention(eqx.Module):
             padding = length - positions[0]
             key_positions = cache.indices(length + seq) - padding
             mask = visible(positions, key_positions, self.window)
-            out = attend(queries, cache.keys, cache.values, mask)
+            out = jax.lax.platform_dependent(
+                queries,
+                cache.keys,
+                cache.values,
+                mask,
+                length + seq,
+                cpu=partial(cpu.attend, attend),
+                default=lambda *args: attend(*args[:-1]),
+            )
         return self.wo(out.reshape(seq, self.n_heads * self.head_dim)), cache
 
     def _attend_sequence(

@@ -9,15 +9,35 @@ import jax.random as jr
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from . import cpu
+from .batching import batched_as
+
+
+def _product(x, weight):
+    # Sums are float32 whatever the weights are.
+    return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=jnp.float32)
+
+
+def _product_of_batch(size, batched, x, weight):
+    if batched == [True, False]:
+        return _project(x, weight), True
+    axes = tuple(0 if is_batched else None for is_batched in batched)
+    return jax.vmap(_product, axes)(x, weight), True
+
+
+@batched_as(_product_of_batch, derivative=_product)
+def _project(x, weight):
+    rows = x.reshape(-1, x.shape[-1])
+    out = jax.lax.platform_dependent(rows, weight, cpu=cpu.project, default=_product)
+    return out.reshape(*x.shape[:-1], -1)
+
 
 def project(
     x: Float[Array, "*seq in"], weight: Float[Array, "out in"]
 ) -> Float[Array, "*seq out"]:
-    """The product with a weight matrix: the one place where one is multiplied by."""
-    # Sums are float32 whatever the weights are. Without it XLA:CPU multiplies
-    # bfloat16 on a path that is ten times slower.
-    out = jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=jnp.float32)
-    return out.astype(x.dtype)
+    """The product with a weight matrix: the one place where one is multiplied by. Under
+    `jax.vmap` the rows of the whole batch go through it together."""
+    return _project(x, weight).astype(x.dtype)
 
 
 class Linear(eqx.Module):
@@ -54,8 +74,10 @@ class Embedding(eqx.Module):
         self.weight = jr.normal(key, (vocab_size, dim), dtype) / math.sqrt(dim)
 
     def __call__(self, tokens: Int[Array, "seq"]) -> Float[Array, "seq dim"]:
+        # Seen to depend on `tokens`, the table is not converted ahead of a loop of steps.
+        tokens, weight = jax.lax.optimization_barrier((tokens, self.weight))
         # Indexing would take -1 for the last row: NaN says that it is no token.
-        rows = self.weight.at[tokens]
+        rows = weight.at[tokens]
         return rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 

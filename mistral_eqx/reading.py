@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float32, Int32
 from tqdm import tqdm
 
+from . import cpu
 from .cache import Cache, chunk_sizes
 from .transformer import Transformer
 
@@ -89,7 +90,7 @@ def prefill(
             chunk=chunk,
             # A power of two, so that few sizes of ring are ever compiled for.
             max_length=next_power_of_two(length + max_tokens),
-            dtype=model.dtype,
+            dtype=cpu.cache_dtype(model.tok_embeddings.weight),
         )
     else:
         length = longest
@@ -163,7 +164,7 @@ def score(
         jnp.zeros((), jnp.int32),
         chunk=chunk,
         max_length=next_power_of_two(len(inputs)),
-        dtype=model.dtype,
+        dtype=cpu.cache_dtype(model.tok_embeddings.weight),
     )
     scored, start = Scored(), 0
     sizes = chunk_sizes(0, len(inputs), chunk=chunk, slots=cache.slots)

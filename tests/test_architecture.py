@@ -11,7 +11,9 @@ import mistral_eqx
 PACKAGE = Path(mistral_eqx.__file__).parent
 FLOORS = {
     "config": 0,
-    "layers": 0,
+    "batching": 0,
+    "cpu": 0,
+    "layers": 1,
     "sampling": 0,
     "weights": 0,
     "rope": 1,

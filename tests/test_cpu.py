@@ -1,0 +1,100 @@
+"""What is done otherwise on a CPU: the same results, and nothing copied whole."""
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from models import cast, random_model
+
+from mistral_eqx import Sampling, cpu, generation
+from mistral_eqx.attention import attend
+from mistral_eqx.layers import project
+from mistral_eqx.reading import prefill
+
+
+def normal(seed, shape, dtype=jnp.float32):
+    return jr.normal(jr.key(seed), shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 128, 129])
+@pytest.mark.parametrize("size", [(6, 8), (7, 8), (6, 4096), (6, 9000)])
+def test_a_product_is_a_product(dtype, rows, size):
+    x, weight = normal(0, (rows, size[1]), dtype), normal(1, size, dtype)
+    out = jax.jit(cpu.project)(x, weight)
+    # Exact products of what is stored: only the order of the sums may differ.
+    expected = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
+    assert out.dtype == jnp.float32
+    np.testing.assert_allclose(out, expected, atol=1e-6 * size[1] ** 0.5 * 10)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_rows_of_a_batch_go_together(dtype):
+    x, weight = normal(0, (5, 1, 16), dtype), normal(1, (8, 16), dtype)
+    batched = jax.vmap(project, in_axes=(0, None))
+    np.testing.assert_array_equal(batched(x, weight), project(x, weight))
+    program = jax.jit(batched).lower(x, weight).as_text()
+    kind = {jnp.float32: "f32", jnp.bfloat16: "bf16"}[dtype]
+    assert f"tensor<5x16x{kind}>" in program
+    each = jax.vmap(project)(x, jnp.stack([weight * i for i in range(5)]))
+    for i in range(5):
+        np.testing.assert_allclose(
+            np.asarray(each[i], np.float32),
+            np.asarray(project(x[i], weight * i), np.float32),
+            rtol=1e-2 if dtype == jnp.bfloat16 else 1e-5,
+            atol=1e-5,
+        )
+
+
+def test_gradients_are_the_products():
+    x, weight = normal(0, (3, 1, 16)), normal(1, (8, 16))
+
+    def loss(product):
+        return lambda x, w: jnp.sum(jax.vmap(product, in_axes=(0, None))(x, w) ** 2)
+
+    plain = loss(lambda x, w: jnp.einsum("si,oi->so", x, w))
+    got = jax.jit(jax.grad(loss(project), argnums=(0, 1)))(x, weight)
+    expected = jax.grad(plain, argnums=(0, 1))(x, weight)
+    for a, b in zip(got, expected):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+@pytest.mark.parametrize("slots", [24, 128, 640])
+def test_attention_reads_what_is_written(slots):
+    queries, keys, values = (
+        normal(i, shape)
+        for i, shape in enumerate([(3, 4, 8), (2, slots, 8), (2, slots, 8)])
+    )
+    first = jax.jit(lambda *args: cpu.attend(attend, *args))
+    for written in {3, slots // 4, slots // 4 + 1, slots}:
+        held = jnp.arange(slots) < written
+        mask = jnp.broadcast_to(held, (3, slots))
+        unwritten = jnp.where(held[None, :, None], 0, 1e9)
+        out = first(queries, keys + unwritten, values, mask, jnp.int32(written))
+        np.testing.assert_allclose(out, attend(queries, keys, values, mask), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_decoding_copies_neither_weights_nor_cache(dtype, batch):
+    model = cast(
+        random_model(dim=128, vocab_size=32768, sliding_window=None, head_dim=32), dtype
+    )
+    cache, logits = prefill(model, [[1, 2, 3]] * batch, max_tokens=4096)
+    state = generation.DecodeState(
+        cache,
+        logits,
+        remaining=jnp.full(batch, 9, jnp.int32),
+        ended=jnp.zeros(batch, bool),
+        keys=jr.split(jr.key(0), batch),
+        sampling=Sampling(),
+        eos_ids=jnp.array([-1], jnp.int32),
+    )
+    compiled = generation.decode.lower(model, state, jnp.int32(9)).compile().compiled
+    ring = cache.layers[0].keys
+    assert ring.dtype == jnp.float32
+    # The first slots of a layer's keys and values, and what sampling needs. The table in
+    # float32 would be 17 MB, the rings of all layers 4 times that of one.
+    expected = 2 * ring.nbytes / 4 + 16 * logits.nbytes
+    assert compiled.memory_analysis().temp_size_in_bytes < expected < 8e6
