@@ -10,8 +10,8 @@ turn as well. `tiny` is the embedded model; the other shapes get random weights.
 
 What is timed, after everything has been compiled and warmed up:
 
-- `decode`: greedy tokens of one row, from position 100 or so. `batch`: of eight rows.
-- `prefill`: a prompt of 512 tokens, up to the logits that follow it.
+- `decode`: greedy tokens of one row, from position 100 or so. `batch`: of `--rows`.
+- `prefill`: a prompt of `--lengths` tokens, up to the logits that follow it.
 - `train`: a step of 16 rows of 256 tokens in float32, AdamW with clipped gradients.
 
 Nobody is timed before all agree. In float32 every engine writes the same greedy tokens, in
@@ -27,9 +27,15 @@ transformers and llama.cpp are driven token by token with an argmax, which is a 
 faster than their own `generate`.
 
 Standard output is a table in Markdown: medians of the rounds, the quartiles, and the median
-of each round's ratio. "of the bandwidth" is the bytes that a token needs (weights and the
-cache up to it, once), times tokens a second, over what the probe read in the same round.
-(The embedded model stays in the processor's own caches.)
+of each round's ratio. The last column is what the package makes of the machine: in decode
+the bytes that a token needs (`mistral_eqx.bench.decode_bytes`), times tokens a second, over
+what the probe read in the same round; in prefill the operations that it needs
+(`prefill_flops`) a second. The embedded model stays in the processor's own caches.
+
+On a GPU, torch and JAX share the card; llama.cpp runs where it was built for:
+
+    python tests/benchmarks/peers.py --shape 7b --dtype bfloat16 --rows 8,64 \\
+        --lengths 2048,8192 --engines transformers
 """
 
 import argparse
@@ -49,9 +55,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = 96
-BATCH = 8
-READ = 512
 TRAIN_ROWS, TRAIN_LENGTH = 16, 256
+PROBED = ("bandwidth", "bandwidth", None)
 # Tokens of a prompt and behind it that fit the embedded model's window.
 CHECK = (16, 40)
 WHAT = ("decode", "batch", "prefill", "train")
@@ -77,7 +82,7 @@ class Package:
 
     name = "mistral_eqx"
     window = True
-    does = WHAT
+    does = ("decode", "batch", "prefill", "train")
 
     def __init__(self, job: Job):
         import jax
@@ -99,18 +104,12 @@ class Package:
         (row,) = generate(self.model, [prompt], max_tokens=n, key=self.key)
         return row.tokens
 
-    def decode(self):
-        return self._decode(self.job.prompts[:1])
-
-    def batch(self):
-        return self._decode(self.job.prompts)
-
-    def _decode(self, prompts):
+    def decode(self, rows):
         """Times all but the first block of a stream, whose reading of the prompt is over
         when it comes."""
         from mistral_eqx.generation import stream
 
-        prompts = [prompt[:PROMPT] for prompt in prompts]
+        prompts = [prompt[:PROMPT] for prompt in self.job.prompts[:rows]]
         steps, block = self.job.steps, self.job.steps // 2
         prefix, _ = self.mx.prefill(
             self.model, [prompt[:-1] for prompt in prompts], max_tokens=block + steps + 1
@@ -137,14 +136,14 @@ class Package:
 
         return prepare, run, steps * len(prompts)
 
-    def prefill(self):
+    def prefill(self, length):
         import jax
 
-        prompt = self.job.prompts[0]
+        prompt = self.job.prompts[0][:length]
         run = lambda _: jax.block_until_ready(self.mx.prefill(self.model, [prompt])) and 0
-        return (lambda: None), run, len(prompt)
+        return (lambda: None), run, length
 
-    def train(self):
+    def train(self, _):
         import jax
         import jax.numpy as jnp
 
@@ -227,19 +226,19 @@ class OneFile:
     def greedy(self, prompt, n):
         return self._write(self._read(prompt, n), len(prompt), n)[0]
 
-    def decode(self):
+    def decode(self, rows):
         steps, first = self.job.steps, self.job.steps // 2
         state = self._read(self.job.prompts[0][:PROMPT], first + steps)
         _, state = self._write(state, PROMPT, first)
         run = lambda _: [self._write(state, PROMPT + first, steps)[0]]
         return (lambda: None), run, steps
 
-    def prefill(self):
+    def prefill(self, length):
         import jax
 
-        prompt = self.job.prompts[0]
+        prompt = self.job.prompts[0][:length]
         run = lambda _: jax.block_until_ready(self._read(prompt, 0)) and 0
-        return (lambda: None), run, len(prompt)
+        return (lambda: None), run, length
 
 
 class Transformers:
@@ -255,16 +254,18 @@ class Transformers:
 
         torch.set_num_threads(job.threads)
         self.job, self.torch = job, torch
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = MistralForCausalLM.from_pretrained(
             job.folder, dtype=getattr(torch, job.dtype), attn_implementation="sdpa"
-        ).eval()
+        )
+        self.model.eval().to(self.device)
 
     def _read(self, prompts):
         from transformers import DynamicCache
 
         with self.torch.inference_mode():
             out = self.model(
-                self.torch.tensor(prompts),
+                self.torch.tensor(prompts, device=self.device),
                 past_key_values=DynamicCache(config=self.model.config),
                 logits_to_keep=1,
             )
@@ -282,31 +283,25 @@ class Transformers:
         return self.torch.cat(made, 1).tolist(), (logits, cache)
 
     def logits(self, tokens):
-        return self._read([tokens])[0][0].float().numpy()
+        return self._read([tokens])[0][0].float().cpu().numpy()
 
     def greedy(self, prompt, n):
         return self._write(self._read([prompt]), n)[0][0]
 
-    def decode(self):
-        return self._decode(self.job.prompts[:1])
-
-    def batch(self):
-        return self._decode(self.job.prompts)
-
-    def _decode(self, prompts):
+    def decode(self, rows):
         steps = self.job.steps
-        state = self._read([prompt[:PROMPT] for prompt in prompts])
+        state = self._read([prompt[:PROMPT] for prompt in self.job.prompts[:rows]])
         _, state = self._write(state, steps // 2)
         run = lambda state: self._write(state, steps)[0]
         # The cache is written to.
-        return (lambda: copy.deepcopy(state)), run, steps * len(prompts)
+        return (lambda: copy.deepcopy(state)), run, steps * rows
 
-    def prefill(self):
-        prompt = self.job.prompts[0]
-        run = lambda _: self._read([prompt]) and 0
-        return (lambda: None), run, len(prompt)
+    def prefill(self, length):
+        prompt = self.job.prompts[0][:length]
+        run = lambda _: self._read([prompt])[0].isnan().any().item()
+        return (lambda: None), run, length
 
-    def train(self):
+    def train(self, _):
         torch, model = self.torch, copy.deepcopy(self.model).train()
         matrices = [p for p in model.parameters() if p.ndim > 1]
         norms = [p for p in model.parameters() if p.ndim == 1]
@@ -316,7 +311,8 @@ class Transformers:
             betas=(0.9, 0.95),
             weight_decay=0.1,
         )
-        tokens = torch.tensor(training_tokens(model.config.vocab_size)).long()
+        tokens = torch.tensor(training_tokens(model.config.vocab_size), device=self.device)
+        tokens = tokens.long()
 
         def run(_):
             logits = model(tokens[:, :-1]).logits
@@ -346,9 +342,9 @@ class LlamaCpp:
         kind = 0 if job.dtype == "float32" else 1  # GGML_TYPE_F32, GGML_TYPE_F16
         self.model = llama_cpp.Llama(
             job.gguf,
-            n_ctx=1024,
-            n_batch=READ,
-            n_ubatch=READ,
+            n_ctx=len(job.prompts[0]) + 256,
+            n_batch=len(job.prompts[0]),
+            n_ubatch=len(job.prompts[0]),
             n_threads=job.threads,
             n_threads_batch=job.threads,
             type_k=kind,
@@ -381,7 +377,7 @@ class LlamaCpp:
         self._read(prompt)
         return self._write(n)
 
-    def decode(self):
+    def decode(self, rows):
         steps = self.job.steps
         prompt = self.job.prompts[0][:PROMPT]
         self._read(prompt)
@@ -389,10 +385,10 @@ class LlamaCpp:
 
         return (lambda: self._read(prompt)), (lambda _: [self._write(steps)]), steps
 
-    def prefill(self):
-        prompt = self.job.prompts[0]
+    def prefill(self, length):
+        prompt = self.job.prompts[0][:length]
         run = lambda _: (self._read(prompt), self._logits()) and 0
-        return (lambda: None), run, len(prompt)
+        return (lambda: None), run, length
 
 
 class Probe:
@@ -405,9 +401,10 @@ class Probe:
         import torch
 
         torch.set_num_threads(job.threads)
-        self.array = torch.ones(2**27)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.array = torch.ones(2**27, device=device)
 
-    def bandwidth(self):
+    def bandwidth(self, _):
         run = lambda _: float(self.array.sum()) and 0
         return (lambda: None), run, self.array.nbytes
 
@@ -426,13 +423,14 @@ def serve(name: str, job: Job, pipe) -> None:
     """An engine's process: answers calls of its methods, and `turn`."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: job.threads])
     os.environ["OMP_NUM_THREADS"] = str(job.threads)
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # a GPU is shared
     sys.path.insert(0, str(ROOT))
     prepared = {}
 
-    def turn(what, seconds):
+    def turn(label, seconds):
         """Runs until that much time is measured; the median of the units a second, and
         the last result."""
-        prepare, run, units = prepared[what]
+        prepare, run, units = prepared[label]
         spent = []
         while sum(spent) < seconds:
             state = prepare()
@@ -441,11 +439,11 @@ def serve(name: str, job: Job, pipe) -> None:
             spent.append(time.perf_counter() - start)
         return units / statistics.median(spent), result
 
-    def warm_up(what):
+    def warm_up(label, method, argument):
         """The result of the first run, which compiles."""
         start = time.perf_counter()
-        prepared[what] = getattr(engine, what)()
-        prepare, run, _ = prepared[what]
+        prepared[label] = getattr(engine, method)(argument)
+        prepare, run, _ = prepared[label]
         result = run(prepare())
         return result, time.perf_counter() - start
 
@@ -659,7 +657,7 @@ def wait_for_quiet(seconds: float) -> bool:
             return quiet
 
 
-def measure(job: Job, engines: list[str], what: list[str], options) -> dict:
+def measure(job: Job, engines: list[str], what: dict, options) -> dict:
     """Starts the engines, checks them, and lets them take turns."""
     workers = {}
     try:
@@ -668,22 +666,25 @@ def measure(job: Job, engines: list[str], what: list[str], options) -> dict:
             workers[name] = Worker(name, job)
         agreed = check(workers, job)
         turns, results = [], {}
-        for w in ["bandwidth", *what]:
+        for label, (w, method, argument) in {"bandwidth": PROBED, **what}.items():
             for name, worker in workers.items():
                 if w in worker.cls.does:
-                    results[w, name], seconds = worker("warm_up", w)
-                    turns.append((w, name))
-                    say(f"  {w}, {name}: warm after {seconds:.1f} s")
-        compare_results(workers, job, what, results)
-        speeds = {w: {name: [] for v, name in turns if v == w} for w, _ in turns}
+                    result, seconds = worker("warm_up", label, method, argument)
+                    results[label, name] = result
+                    turns.append((label, name))
+                    say(f"  {label}, {name}: warm after {seconds:.1f} s")
+        compare_results(workers, job, results)
+        speeds = {label: {} for label, _ in turns}
+        for label, name in turns:
+            speeds[label][name] = []
         disturbed = 0
         for i in range(options.rounds):
-            for w, name in turns:
+            for label, name in turns:
                 disturbed += not wait_for_quiet(options.patience)
-                speed, result = workers[name]("turn", w, options.seconds)
-                if w != "train" and result != results[w, name]:
+                speed, result = workers[name]("turn", label, options.seconds)
+                if label != "train" and result != results[label, name]:
                     raise RuntimeError(f"{name} wrote other tokens than at first.")
-                speeds[w][name].append(speed)
+                speeds[label][name].append(speed)
             told = (
                 f"{w} {name} {v[-1]:.4g}" for w in speeds for name, v in speeds[w].items()
             )
@@ -703,56 +704,48 @@ def measure(job: Job, engines: list[str], what: list[str], options) -> dict:
     }
 
 
-def compare_results(workers, job: Job, what, results) -> None:
+def compare_results(workers, job: Job, results) -> None:
     """That the timed tokens, and the losses, are equal as well."""
-    windowed = job.shape == "tiny"
-    for w in set(what) & {"decode", "batch"}:
-        expected = results[w, Package.name]
-        for (v, name), rows in results.items():
-            if (
-                v != w
-                or name == Package.name
-                or (windowed and not workers[name].cls.window)
-            ):
-                continue
-            equal = [a == b for a, b in zip(expected, rows, strict=True)]
-            if job.dtype == "float32" and not all(equal):
-                raise RuntimeError(f"{name} wrote other tokens than the package in {w}.")
-            if not all(equal):
-                say(f"  {w}, {name}: {sum(equal)} of {len(equal)} rows equal in bfloat16")
-    if "train" in what:
-        losses = {name: loss for (w, name), loss in results.items() if w == "train"}
-        say("  losses of the first step:", losses)
-        if max(losses.values()) - min(losses.values()) > 1e-4:
-            raise RuntimeError(f"The first losses differ: {losses}.")
+    for (label, name), rows in results.items():
+        if not isinstance(rows, list) or name == Package.name:
+            continue
+        if job.shape == "tiny" and not workers[name].cls.window:
+            continue
+        expected = results[label, Package.name]
+        equal = sum(a == b for a, b in zip(expected, rows, strict=True))
+        if equal < len(rows) and job.dtype == "float32":
+            raise RuntimeError(f"{name} wrote other tokens than the package in {label}.")
+        if equal < len(rows):
+            say(f"  {label}, {name}: {equal} of {len(rows)} rows equal in bfloat16")
+    losses = {name: loss for (label, name), loss in results.items() if label == "train"}
+    if losses and max(losses.values()) - min(losses.values()) > 1e-4:
+        raise RuntimeError(f"The first losses differ: {losses}.")
 
 
 def table(measured: list[dict]) -> str:
     """Markdown, one line for each thing measured."""
-    engines = [name for name in ENGINES if name != Probe.name]
-    engines = [
-        n for n in engines if any(n in v for m in measured for v in m["speeds"].values())
-    ]
+    timed = {name for m in measured for speeds in m["speeds"].values() for name in speeds}
+    engines = [name for name in ENGINES if name in timed - {Probe.name}]
     peers = [name for name in engines if name != Package.name]
-    head = ["tokens/s", *engines, *(f"times {name}" for name in peers), "of the bandwidth"]
+    head = ["tokens/s", *engines, *(f"times {name}" for name in peers), "of the hardware"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for m in measured:
-        for w, speeds in m["speeds"].items():
-            if w == "bandwidth":
+        (probe,) = m["speeds"]["bandwidth"].values()
+        for label, speeds in m["speeds"].items():
+            if label == "bandwidth":
                 continue
             ours = speeds[Package.name]
-            cells = [f"{m['shape']} {m['dtype']}, {w}"]
+            cells = [f"{m['shape']} {m['dtype']}, {label}"]
             cells += [spread(speeds[name]) if name in speeds else "" for name in engines]
             for name in peers:
                 ratios = [a / b for a, b in zip(ours, speeds.get(name, []))]
                 cells.append(f"{statistics.median(ratios):.2f}" if ratios else "")
-            share = ""
-            if w in ("decode", "batch") and m["shape"] != "tiny":
-                probe = m["speeds"]["bandwidth"][Probe.name]
-                size = m["bytes"][w]
-                share = (
-                    f"{statistics.median(a * size / b for a, b in zip(ours, probe)):.0%}"
-                )
+            needs, share = m["needs"].get(label, 0), ""
+            if label.startswith("prefill"):
+                share = f"{statistics.median(ours) * needs / 1e9:,.0f} GFLOP/s"
+            elif needs and m["shape"] != "tiny":
+                shares = [a * needs / b for a, b in zip(ours, probe)]
+                share = f"{statistics.median(shares):.0%} of the bandwidth"
             lines.append(f"| {' | '.join([*cells, share])} |")
     return "\n".join(lines)
 
@@ -768,25 +761,19 @@ def spread(values: list[float]) -> str:
     return f"{digits(middle)} ({digits(low)} to {digits(high)})"
 
 
-def read_bytes(shape: str, dtype: str, steps: int) -> dict[str, float]:
-    """The bytes that must be read for a token of `decode` and `batch`."""
-    from mistral_eqx.bench import SHAPES
-    from mistral_eqx.checkpoint import read_config, weight_shapes
-    from mistral_eqx.text import TINY_MISTRAL
+def needs(config, dtype: str, what: dict, steps: int) -> dict[str, float]:
+    """The bytes for each token of decode, and the operations for each of prefill."""
+    from mistral_eqx.bench import decode_bytes, prefill_flops
 
-    config = read_config(TINY_MISTRAL) if shape == "tiny" else SHAPES[shape]
-    itemsize = 4 if dtype == "float32" else 2
-    shapes = weight_shapes(config)
-    if not config.tied_embeddings:
-        shapes.pop("tok_embeddings.weight")
-    weights = sum(size[0] * (size[1] if len(size) > 1 else 1) for size in shapes.values())
-    context = PROMPT + steps
-    keys = sum(context if w is None else min(w, context) for w in config.windows)
-    cache = 2 * keys * config.n_kv_heads * config.head_dim
-    return {
-        "decode": itemsize * (weights + cache),
-        "batch": itemsize * (weights / BATCH + cache),
-    }
+    found = {}
+    for label, (_, method, n) in what.items():
+        if method == "decode":
+            size = 4 if dtype == "float32" else 2
+            context = PROMPT + steps  # half way of what is timed
+            found[label] = decode_bytes(config, batch=n, context=context, itemsize=size) / n
+        elif method == "prefill":
+            found[label] = prefill_flops(config, tokens=n) / n
+    return found
 
 
 def main() -> int:
@@ -807,55 +794,88 @@ def main() -> int:
 
         return parse
 
+    def number(text):
+        if not text.isdecimal() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{text!r} is no number of 1 or more")
+        return int(text)
+
+    numbers = lambda text: [number(part) for part in text.split(",")]
     add = parser.add_argument
     add("--shape", type=several(shapes), default=["tiny", "135m", "1b"], metavar="A,B,...")
     add("--dtype", type=several(tuple(TOLERANCE)), default=list(TOLERANCE), metavar="A,B")
     add("--what", type=several(WHAT), default=list(WHAT), metavar="A,B,...")
+    add("--rows", type=numbers, default=[8], metavar="N,N,...", help="of batch (8)")
+    add("--lengths", type=numbers, default=[512], metavar="N,N,...", help="prefill's (512)")
     add("--engines", type=several(engines), default=engines, metavar="A,B,...")
-    add("--rounds", type=int, default=7)
-    add("--seconds", type=float, default=1.0, help="of each engine's turn, at least")
-    add("--patience", type=float, default=2.0, help="seconds to wait for a quiet machine")
-    add("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    add("--json", metavar="FILE", help="where to write every single figure")
+    add("--rounds", type=number, default=7, metavar="N", help="turns of each (7)")
+    add("--seconds", type=float, default=1.0, help="of each engine's turn, at least (1)")
+    add("--patience", type=float, default=2.0, help="wait so long for a quiet machine (2)")
+    add("--threads", type=number, default=len(os.sched_getaffinity(0)), metavar="N")
+    add("--json", type=Path, metavar="FILE", help="where to write every single figure")
     options = parser.parse_args()
+    if options.json is not None and not options.json.parent.is_dir():
+        parser.error(f"There is no folder for {options.json}.")
     sys.path.insert(0, str(ROOT))
-    import numpy as np
-
     chosen = [name for name in engines if name in options.engines or name == Package.name]
     for module in ("llama_cpp", "gguf"):
         if LlamaCpp.name in chosen and importlib.util.find_spec(module) is None:
             say(f"llama.cpp is left out: {module} is not installed.")
             chosen.remove(LlamaCpp.name)
     measured = []
-    for shape in options.shape:
-        for dtype in options.dtype:
-            what = [
-                w
-                for w in options.what
-                if w != "train" or (shape, dtype) == ("tiny", "float32")
-            ]
-            if not what:
-                continue
-            say(f"{shape} {dtype}")
-            with tempfile.TemporaryDirectory() as name:
-                folder, gguf = f"{name}/model", f"{name}/model.gguf"
-                in_a_process(write_model, shape, dtype, folder)
-                if LlamaCpp.name in chosen:
-                    in_a_process(write_gguf, folder, gguf)
-                vocab = 2048 if shape == "tiny" else 32000
-                prompts = np.random.default_rng(0).integers(3, vocab, (BATCH, READ))
-                steps = 16 if shape in ("1b", "7b") else 64
-                job = Job(
-                    shape, dtype, options.threads, folder, gguf, steps, prompts.tolist()
-                )
-                found = measure(job, [*chosen, Probe.name], what, options)
-            found["bytes"] = read_bytes(shape, dtype, steps)
-            measured.append(found)
-            say(table([found]))
-    if options.json is not None:
-        Path(options.json).write_text(json.dumps(measured, indent=1) + "\n")
-    print(table(measured))
+    try:
+        for shape in options.shape:
+            for dtype in options.dtype:
+                if (what := things(options, shape, dtype)) != {}:
+                    say(f"{shape} {dtype}")
+                    measured.append(one(shape, dtype, what, chosen, options))
+                    say(table(measured[-1:]))
+    except RuntimeError as error:
+        say(error)
+        return 1
+    finally:
+        # What was measured before something went wrong is not lost.
+        if options.json is not None:
+            options.json.write_text(json.dumps(measured, indent=1) + "\n")
+        if measured:
+            print(table(measured))
     return 0
+
+
+def things(options, shape: str, dtype: str) -> dict[str, tuple]:
+    """What to measure: under its name in the table, what it is, an engine's method, and
+    the method's argument."""
+    found = {}
+    if "decode" in options.what:
+        found["decode"] = ("decode", "decode", 1)
+    if "batch" in options.what:
+        found |= {f"batch of {n}": ("batch", "decode", n) for n in options.rows}
+    if "prefill" in options.what:
+        found |= {f"prefill of {n}": ("prefill", "prefill", n) for n in options.lengths}
+    if "train" in options.what and (shape, dtype) == ("tiny", "float32"):
+        found["train"] = ("train", "train", None)
+    return found
+
+
+def one(shape: str, dtype: str, what: dict, engines: list[str], options) -> dict:
+    """Everything of one model in one precision."""
+    import numpy as np
+
+    from mistral_eqx.bench import SHAPES
+    from mistral_eqx.checkpoint import read_config
+    from mistral_eqx.text import TINY_MISTRAL
+
+    config = read_config(TINY_MISTRAL) if shape == "tiny" else SHAPES[shape]
+    steps = 16 if config.dim >= 2048 else 64
+    rows, length = max(1, *options.rows), max(PROMPT, *options.lengths)
+    prompts = np.random.default_rng(0).integers(3, config.vocab_size, (rows, length))
+    with tempfile.TemporaryDirectory() as name:
+        folder, gguf = f"{name}/model", f"{name}/model.gguf"
+        in_a_process(write_model, shape, dtype, folder)
+        if LlamaCpp.name in engines:
+            in_a_process(write_gguf, folder, gguf)
+        job = Job(shape, dtype, options.threads, folder, gguf, steps, prompts.tolist())
+        measured = measure(job, [*engines, Probe.name], what, options)
+    return measured | {"needs": needs(config, dtype, what, steps)}
 
 
 if __name__ == "__main__":
