@@ -115,9 +115,9 @@ def decode_bytes(config: ModelConfig, *, batch: int, context: int, itemsize: int
     - `context`: the tokens behind each, the one that is fed included.
     - `itemsize`: bytes of a weight, which are those of a key's number too.
     """
-    numbers = 0
+    numbers = 0.0
     for name, shape in weight_shapes(config).items():
-        share = 1
+        share = 1.0
         if name == "tok_embeddings.weight" and not config.tied_embeddings:
             share = min(1, batch / config.vocab_size)
         elif ".experts." in name:
@@ -288,12 +288,12 @@ def table(report: dict[str, Any]) -> str:
     rows += [
         ("compile", f"{compiling['prefill'] + compiling['decode']:.2f} s"),
         ("first token", _told(report["first_token"], 1e-3, "ms")),
-        ("prefill", _told(report["prefill_tokens_per_second"], 1, "tokens/s")),
+        ("prefill", _told(report["prefill_tokens_per_second"], 1.0, "tokens/s")),
         ("", _told(report["prefill_flops_per_second"], 1e9, "GFLOP/s")),
     ]
     if report["decode_tokens_per_second"] is not None:
         rows += [
-            ("decode", _told(report["decode_tokens_per_second"], 1, "tokens/s")),
+            ("decode", _told(report["decode_tokens_per_second"], 1.0, "tokens/s")),
             ("bytes a token", f"{report['bytes_per_token'] / 1e6:,.1f} MB"),
             ("read bandwidth", f"{report['read_bandwidth'] / 1e9:,.1f} GB/s"),
             ("its share used", _told(report["bandwidth_share"], 0.01, "%")),

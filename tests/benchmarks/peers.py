@@ -16,9 +16,9 @@ What is timed, after everything has been compiled and warmed up:
 
 Nobody is timed before all agree. In float32 every engine writes the same greedy tokens, in
 the check and while it is timed. In bfloat16 two orders of summation round differently:
-there the logits behind a prompt must agree within 6 percent of their spread, and where an
-engine's tokens first leave the package's, the two tokens must be as good as tied for the
-package. The number of tokens up to there is printed.
+there the logits behind a prompt must agree within 6 percent of their spread (root mean
+squares), and where an engine's tokens first leave the package's, the two tokens must be
+closer for the package than six times that error. The number of tokens up to there is told.
 
 Two engines do another computation past a window, which only `tiny` has: llama.cpp's llama
 has no window, and the one-file reference sees a token more in prefill. They are checked
@@ -230,6 +230,8 @@ class OneFile:
         steps, first = self.job.steps, self.job.steps // 2
         state = self._read(self.job.prompts[0][:PROMPT], first + steps)
         _, state = self._write(state, PROMPT, first)
+        # Its bfloat16 on a CPU is so slow that a part of the steps has to do.
+        steps //= 4
         run = lambda _: [self._write(state, PROMPT + first, steps)[0]]
         return (lambda: None), run, steps
 
@@ -615,22 +617,23 @@ def check(workers: dict, job: Job) -> dict[str, int]:
     for name, worker in workers.items():
         if name in (Package.name, Probe.name):
             continue
-        error = np.abs(worker("logits", prompt) - reference).max() / reference.std()
+        error = np.std(worker("logits", prompt) - reference) / np.std(reference)
         if not error < TOLERANCE[job.dtype]:
             raise RuntimeError(f"{name}'s logits differ by {error:.1e} of their spread.")
+        ties = 0.0 if job.dtype == "float32" else 6 * float(error)
         tokens = worker("greedy", prompt, n)
-        agreed[name] = compare(ours, name, prompt, expected, tokens, job.dtype)
+        agreed[name] = compare(ours, name, prompt, expected, tokens, ties)
         say(f"  {name}: {agreed[name]} of {n} tokens equal, logits within {error:.1e}")
     return agreed
 
 
-def compare(ours, name: str, prompt, expected, tokens, dtype: str) -> int:
+def compare(ours, name: str, prompt, expected, tokens, ties: float) -> int:
     """How many tokens are equal up to the first that is not; it must be a tie."""
     for i, (theirs, token) in enumerate(zip(tokens, expected, strict=True)):
         if theirs != token:
             logits = ours("logits", prompt + expected[:i])
             gap = (logits[token] - logits[theirs]) / logits.std()
-            if dtype == "float32" or gap > 2 * TOLERANCE[dtype]:
+            if gap > ties:
                 raise RuntimeError(
                     f"{name} chose {theirs} and the package {token} as token {i}, which "
                     f"are {gap:.1e} of the logits' spread apart: not the same model."
@@ -712,7 +715,7 @@ def compare_results(workers, job: Job, results) -> None:
         if job.shape == "tiny" and not workers[name].cls.window:
             continue
         expected = results[label, Package.name]
-        equal = sum(a == b for a, b in zip(expected, rows, strict=True))
+        equal = sum(a[: len(b)] == b for a, b in zip(expected, rows, strict=True))
         if equal < len(rows) and job.dtype == "float32":
             raise RuntimeError(f"{name} wrote other tokens than the package in {label}.")
         if equal < len(rows):
@@ -865,7 +868,7 @@ def one(shape: str, dtype: str, what: dict, engines: list[str], options) -> dict
     from mistral_eqx.text import TINY_MISTRAL
 
     config = read_config(TINY_MISTRAL) if shape == "tiny" else SHAPES[shape]
-    steps = 16 if config.dim >= 2048 else 64
+    steps = 64 if shape == "tiny" else 32 if config.dim < 2048 else 16
     rows, length = max(1, *options.rows), max(PROMPT, *options.lengths)
     prompts = np.random.default_rng(0).integers(3, config.vocab_size, (rows, length))
     with tempfile.TemporaryDirectory() as name:
