@@ -6,7 +6,8 @@
 `llama-cpp-python` and a GGUF file written with `gguf`; left out where these two are not
 installed) each run in a process of their own and take turns, so that all of them meet the
 good and the bad minutes of the machine. A probe of the memory's read bandwidth takes its
-turn as well. `tiny` is the embedded model; the other shapes get random weights.
+turn as well. `tiny` is the embedded model; the other shapes get random weights. For Linux
+alone.
 
 What is timed, after everything has been compiled and warmed up:
 
