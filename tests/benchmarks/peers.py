@@ -46,6 +46,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -819,6 +820,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.json is not None and not options.json.parent.is_dir():
         parser.error(f"There is no folder for {options.json}.")
+    # Killed, it takes its processes and its gigabytes of weights along.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.path.insert(0, str(ROOT))
     chosen = [name for name in engines if name in options.engines or name == Package.name]
     for module in ("llama_cpp", "gguf"):
