@@ -454,8 +454,8 @@ def serve(name: str, job: Job, pipe) -> None:
     try:
         engine = ENGINES[name](job)
         pipe.send((True, None))
-        while (call := pipe.recv()) is not None:
-            method, *arguments = call
+        while True:
+            method, *arguments = pipe.recv()
             method = {"turn": turn, "warm_up": warm_up}.get(method) or getattr(
                 engine, method
             )
@@ -490,10 +490,8 @@ class Worker:
         return answer
 
     def close(self):
-        if self.process.is_alive():
-            self.pipe.send(None)
-            self.process.join(20)
-            self.process.terminate()
+        self.process.terminate()
+        self.process.join()
 
 
 def write_model(shape: str, dtype: str, folder: str) -> None:
