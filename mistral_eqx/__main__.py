@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -209,6 +210,49 @@ def _inspect(options: argparse.Namespace) -> None:
 
     for name, value in inspect_folder(options.folder).items():
         print(f"{name:<12}{value}")
+
+
+def _bench(options: argparse.Namespace) -> None:
+    import jax
+
+    from .bench import SHAPES, bench, check_options, random_model, table
+    from .checkpoint import load_model
+
+    if options.model is not None and options.shape is not None:
+        raise ValueError("Give a model or --shape, not both.")
+    numbers = {name: getattr(options, name) for name in ("batch", "prompt", "tokens")}
+    numbers |= {"repeats": options.repeats, "contexts": _lengths(options.contexts)}
+    check_options(**numbers)
+    jax.devices()  # starts the platform, which is not a part of loading
+    start = time.perf_counter()
+    if options.shape is not None:
+        model = random_model(SHAPES[options.shape], dtype=options.dtype)
+    else:
+        model = load_model(options.model or TINY_MISTRAL, dtype=options.dtype)
+    jax.block_until_ready(model)
+    source = "load" if options.shape is None else "random weights"
+    report = {
+        "model": options.shape or str(options.model or TINY_MISTRAL.name),
+        "source": source,
+        "load": time.perf_counter() - start,
+    }
+    report |= bench(model, **numbers)
+    if options.json or not sys.stdout.isatty():
+        print(json.dumps(report))
+    else:
+        print(table(report))
+
+
+def _lengths(text: str | None) -> tuple[int, ...] | None:
+    """The lengths in "1024,4096"; none in "none"."""
+    if text is None or text == "none":
+        return None if text is None else ()
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(
+            f'--contexts must be like "1024,4096", or "none", got {text!r}.'
+        ) from error
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -582,6 +626,36 @@ def _parser() -> argparse.ArgumentParser:
         "inspect mistral-7B-v0.3",
     )
     inspect.add_argument("folder", metavar="FOLDER", help="folder of a model")
+
+    bench = command(
+        "bench",
+        _bench,
+        "measure how fast a model runs here: a table on a terminal, JSON elsewhere",
+        "bench --shape 1b --dtype bfloat16 --batch 8",
+    )
+    add_model(bench)
+    add = bench.add_argument
+    add(
+        "--shape",
+        choices=["135m", "1b", "7b"],
+        help="random weights of this shape instead of a model",
+    )
+    add(
+        "--dtype",
+        choices=["bfloat16", "float16", "float32"],
+        help="of the weights; on a CPU float32 by default, where there is room",
+    )
+    add("--batch", type=int, default=1, metavar="N", help="rows (1)")
+    add("--prompt", type=int, default=512, metavar="N", help="tokens to read in each (512)")
+    add("--tokens", type=int, default=64, metavar="N", help="tokens to write in each (64)")
+    add("--repeats", type=int, default=5, metavar="N", help="of everything timed (5)")
+    add(
+        "--contexts",
+        metavar="N,N,...",
+        help="lengths of context at which to time a step, or none; by default 1k to 32k, "
+        "as far as the memory goes",
+    )
+    add("--json", action="store_true", help="one object, on a terminal too")
 
     train = command(
         "train",

@@ -31,6 +31,7 @@ FLOORS = {
     "inspection": 6,
     "text": 7,
     "chat": 8,
+    "bench": 6,
     "__main__": 9,
     "__init__": 10,
 }

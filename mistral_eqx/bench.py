@@ -1,0 +1,416 @@
+"""How fast a model runs here, and how close that is to what the hardware allows.
+
+Whatever is timed has been compiled before, is waited for until the device is done, and is
+repeated: every figure is a median with its quartiles. The weights may be random, since no
+time depends on what they are.
+"""
+
+import math
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jax.typing import DTypeLike
+from tqdm import tqdm
+
+from .cache import Cache
+from .checkpoint import weight_shapes
+from .config import ModelConfig
+from .generation import BLOCK, DecodeState, decode
+from .reading import default_chunk, next_power_of_two, prefill
+from .sampling import Sampling
+from .transformer import Transformer
+
+
+# Shapes to measure without weights on disk. "135m" is SmolLM2-135M's, "7b" Mistral's v0.1.
+SHAPES = {
+    "135m": ModelConfig(
+        dim=576,
+        n_layers=30,
+        head_dim=64,
+        hidden_dim=1536,
+        n_heads=9,
+        n_kv_heads=3,
+        norm_eps=1e-5,
+        vocab_size=49152,
+        rope_theta=1e4,
+        tied_embeddings=True,
+    ),
+    "1b": ModelConfig(
+        dim=2048,
+        n_layers=16,
+        head_dim=64,
+        hidden_dim=5632,
+        n_heads=32,
+        n_kv_heads=8,
+        norm_eps=1e-5,
+        vocab_size=32000,
+        rope_theta=1e4,
+    ),
+    "7b": ModelConfig(
+        dim=4096,
+        n_layers=32,
+        head_dim=128,
+        hidden_dim=14336,
+        n_heads=32,
+        n_kv_heads=8,
+        norm_eps=1e-5,
+        vocab_size=32000,
+        rope_theta=1e4,
+        sliding_window=4096,
+    ),
+}
+# The decode steps timed at each length of context, and the bytes that the probe reads.
+CONTEXT_STEPS = 32
+PROBE = 2**29
+
+
+def random_model(config: ModelConfig, *, dtype: DTypeLike | None = None) -> Transformer:
+    """A model with random weights, made on the device and in their dtype.
+
+    **Arguments:**
+
+    - `config`: its shape.
+    - `dtype`: of the weights. By default bfloat16, but float32 on a CPU if the model fits
+        in half of the memory that way: what [`load_model`][] does with bfloat16 files.
+
+    **Raises:**
+
+    `ValueError` if they are more than the device's memory.
+    """
+    numbers = sum(math.prod(shape) for shape in weight_shapes(config).values())
+    memory = _memory()
+    if dtype is None:
+        on_cpu = jax.default_backend() == "cpu"
+        dtype = jnp.float32 if on_cpu and 4 * numbers <= memory / 2 else jnp.bfloat16
+    size = numbers * np.dtype(dtype).itemsize
+    if size > memory:
+        raise ValueError(
+            f"{numbers / 1e9:.1f} billion weights take {size / 1e9:.0f} GB in "
+            f"{np.dtype(dtype)}, and the device has {memory / 1e9:.0f} GB. Choose a "
+            "smaller shape or dtype."
+        )
+    return Transformer(config, dtype=dtype, key=jr.key(0))
+
+
+def decode_bytes(config: ModelConfig, *, batch: int, context: int, itemsize: int) -> float:
+    """The bytes that a decode step of a batch cannot do without: every weight once, and the
+    keys and values that the rows see.
+
+    The embedding's table is read where it is the head as well; otherwise a row of it for
+    each row of the batch. Of a mixture's experts it is those that are expected to be chosen
+    when each is as probable as any other.
+
+    **Arguments:**
+
+    - `config`: of the model.
+    - `batch`: rows.
+    - `context`: the tokens behind each, the one that is fed included.
+    - `itemsize`: bytes of a weight, which are those of a key's number too.
+    """
+    numbers = 0.0
+    for name, shape in weight_shapes(config).items():
+        share = 1.0
+        if name == "tok_embeddings.weight" and not config.tied_embeddings:
+            share = min(1, batch / config.vocab_size)
+        elif ".experts." in name:
+            experts, chosen = config.moe.num_experts, config.moe.num_experts_per_tok
+            share = 1 - (1 - chosen / experts) ** batch
+        numbers += share * math.prod(shape)
+    seen = sum(context if w is None else min(w, context) for w in config.windows)
+    numbers += batch * 2 * config.n_kv_heads * config.head_dim * seen
+    return itemsize * numbers
+
+
+def prefill_flops(config: ModelConfig, *, tokens: int) -> int:
+    """The floating-point operations that reading a prompt needs, a multiplication and an
+    addition being two.
+
+    That is `2 * weights * tokens` over the matrices of the blocks (of a mixture, the chosen
+    experts'), `4 * n_heads * head_dim` for each pair of a query and a key that it sees
+    (scores, and the sum of values), and `2 * vocab_size * dim` once: the logits behind the
+    prompt. Norms, rotations, softmax and what a mask throws away do not count.
+    """
+    weights = 0
+    for name, shape in weight_shapes(config).items():
+        if name.startswith("layers.") and len(shape) == 2:
+            moe = config.moe if ".experts." in name else None
+            share = 1 if moe is None else moe.num_experts_per_tok / moe.num_experts
+            weights += share * math.prod(shape)
+    pairs = 0
+    for window in config.windows:
+        first = tokens if window is None else min(window, tokens)
+        # The first tokens see all before them, each of the others a window.
+        pairs += first * (first + 1) // 2 + (tokens - first) * first
+    attention = 4 * config.n_heads * config.head_dim * pairs
+    return int(2 * weights * tokens + attention + 2 * config.vocab_size * config.dim)
+
+
+def read_bandwidth(*, repeats: int = 5) -> float:
+    """The bytes a second that the device reads at best: half a gigabyte, summed up. Two
+    formulations are tried, since no platform is fast with both."""
+    array = jnp.ones((PROBE // 2**16, 2**14), jnp.float32)
+    ones = jnp.ones(array.shape[1], jnp.float32)
+    ways = (jax.jit(lambda x, _: jnp.sum(x, axis=1)), jax.jit(lambda x, y: x @ y))
+    best = math.inf
+    for way in ways:
+        jax.block_until_ready(way(array, ones))
+        for _ in range(repeats):
+            start = time.perf_counter()
+            jax.block_until_ready(way(array, ones))
+            best = min(best, time.perf_counter() - start)
+    return array.nbytes / best
+
+
+def bench(
+    model: Transformer,
+    *,
+    batch: int = 1,
+    prompt: int = 512,
+    tokens: int = 64,
+    repeats: int = 5,
+    contexts: tuple[int, ...] | None = None,
+) -> dict[str, Any]:
+    """Measures a model on the device where it is.
+
+    **Arguments:**
+
+    - `model`: any.
+    - `batch`: rows.
+    - `prompt`: tokens of the prompt of each.
+    - `tokens`: to write behind each prompt; the first is not timed with the others.
+    - `repeats`: of everything that is timed.
+    - `contexts`: the lengths of context at which to time a step. By default 1k to 32k, in
+        steps of two with a window and of four without, as far as the memory goes.
+
+    **Returns:**
+
+    Under plain names, ready for JSON: sizes in bytes, times in seconds; what was repeated
+    is `{"median": ..., "low": ..., "high": ...}` with the quartiles. `table` prints it.
+
+    **Raises:**
+
+    `ValueError` for a number below 1.
+    """
+    contexts = check_options(batch, prompt, tokens, repeats, contexts)
+    config, itemsize = model.config, np.dtype(model.dtype).itemsize
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(0, config.vocab_size, (batch, prompt)).tolist()
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+    if contexts is None:
+        contexts = _contexts(config, batch, room=_memory() / 2 - weights, size=itemsize)
+    bar = tqdm(desc="bench", total=1 + repeats + len(contexts), unit="run", disable=None)
+    with bar:
+        # The first run compiles, and its peak is of the model alone: the probe comes later.
+        first, cache = _run(model, prompts, tokens)
+        peak = _peak_memory()
+        bar.update()
+        runs, bandwidths = [], []
+        for _ in range(repeats):
+            bandwidths.append(read_bandwidth(repeats=3))
+            runs.append(_run(model, prompts, tokens)[0])
+            bar.update()
+        steps = {}
+        for length in contexts:
+            steps[length] = _time_at(model, batch, length, repeats)
+            bar.update()
+    reading, choosing, writing = (np.array(column) for column in zip(*runs))
+    bandwidth = max(bandwidths)
+    context = prompt + (tokens + 1) // 2
+    size = decode_bytes(config, batch=batch, context=context, itemsize=itemsize)
+    flops = batch * prefill_flops(config, tokens=prompt)
+    compiling = [max(0.0, a - statistics.median(b)) for a, b in zip(first, zip(*runs))]
+    written = batch * (tokens - 1) / writing if tokens > 1 else None
+    return {
+        "device": jax.devices()[0].device_kind,
+        "platform": jax.default_backend(),
+        "cores": _cores(),
+        "jax": jax.__version__,
+        "dtype": str(np.dtype(model.dtype)),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(model)),
+        "batch": batch,
+        "prompt": prompt,
+        "tokens": tokens,
+        "repeats": repeats,
+        "compile": {"prefill": compiling[0], "decode": compiling[1]},
+        "first_token": _spread(reading + choosing),
+        "prefill_tokens_per_second": _spread(batch * prompt / reading),
+        "prefill_flops": flops,
+        "prefill_flops_per_second": _spread(flops / reading),
+        "decode_tokens_per_second": None if written is None else _spread(written),
+        "bytes_per_token": size / batch,
+        "read_bandwidth": bandwidth,
+        "bandwidth_share": None
+        if written is None
+        else _spread(written * size / batch / bandwidth),
+        "memory": {"weights": weights, "cache": cache, "peak": peak},
+        "contexts": [{"length": n, "seconds_per_step": steps[n]} for n in contexts],
+    }
+
+
+def check_options(
+    batch: int,
+    prompt: int,
+    tokens: int,
+    repeats: int,
+    contexts: tuple[int, ...] | None,
+) -> tuple[int, ...] | None:
+    """Raises `ValueError` for a number below 1. Returns the lengths of context in order."""
+    numbers = {"batch": batch, "prompt": prompt, "tokens": tokens, "repeats": repeats}
+    for name, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"{name} must be 1 or more, got {number}.")
+    if contexts is None:
+        return None
+    for length in contexts:
+        if length < 1:
+            raise ValueError(f"A context must be 1 token or more, got {length}.")
+    return tuple(sorted(set(contexts)))
+
+
+def table(report: dict[str, Any]) -> str:
+    """A report for people."""
+    memory, compiling = report["memory"], report["compile"]
+    rows = [
+        ("device", f"{report['device']} ({report['platform']}), {report['cores']} cores"),
+        ("weights", f"{report['parameters']:,} in {report['dtype']}"),
+        ("run", f"{report['batch']} x ({report['prompt']} + {report['tokens']} tokens)"),
+    ]
+    if "load" in report:
+        rows.append((report["source"], f"{report['load']:.2f} s"))
+    rows += [
+        ("compile", f"{compiling['prefill'] + compiling['decode']:.2f} s"),
+        ("first token", _told(report["first_token"], 1e-3, "ms")),
+        ("prefill", _told(report["prefill_tokens_per_second"], 1.0, "tokens/s")),
+        ("", _told(report["prefill_flops_per_second"], 1e9, "GFLOP/s")),
+    ]
+    if report["decode_tokens_per_second"] is not None:
+        rows += [
+            ("decode", _told(report["decode_tokens_per_second"], 1.0, "tokens/s")),
+            ("bytes a token", f"{report['bytes_per_token'] / 1e6:,.1f} MB"),
+            ("read bandwidth", f"{report['read_bandwidth'] / 1e9:,.1f} GB/s"),
+            ("its share used", _told(report["bandwidth_share"], 0.01, "%")),
+        ]
+    rows += [
+        ("memory, peak", f"{memory['peak'] / 1e6:,.0f} MB"),
+        ("of it weights", f"{memory['weights'] / 1e6:,.0f} MB"),
+        ("of it cache", f"{memory['cache'] / 1e6:,.1f} MB"),
+    ]
+    for i, row in enumerate(report["contexts"]):
+        told = _told(row["seconds_per_step"], 1e-3, "ms a step")
+        rows.append(("" if i else "context", f"{row['length']:>6,} tokens: {told}"))
+    return "\n".join(f"{name:<16}{value}" for name, value in rows)
+
+
+def _run(
+    model: Transformer, prompts: list[list[int]], tokens: int
+) -> tuple[tuple[float, float, float], int]:
+    """Reads the prompts and continues them. Returns the seconds until they were read, from
+    there to the first token, and from there to the last; and the cache's bytes."""
+    start = time.perf_counter()
+    cache, logits = jax.block_until_ready(prefill(model, prompts, max_tokens=tokens))
+    read = time.perf_counter()
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(cache.layers))
+    state, choice = decode(model, _state(cache, logits, tokens), jnp.int32(1))
+    jax.block_until_ready(choice)
+    chosen = time.perf_counter()
+    _decode(model, state, tokens - 1)
+    return (read - start, chosen - read, time.perf_counter() - chosen), size
+
+
+def _decode(model: Transformer, state: DecodeState, steps: int) -> DecodeState:
+    """So many steps, in blocks that do not wait for one another."""
+    for start in range(0, steps, BLOCK):
+        state, _ = decode(model, state, jnp.int32(min(BLOCK, steps - start)))
+    return jax.block_until_ready(state)
+
+
+def _time_at(model: Transformer, batch: int, length: int, repeats: int) -> dict[str, float]:
+    """The seconds of a decode step behind `length` tokens. The cache claims to hold them
+    without having read any: no time depends on what they are."""
+    cache = Cache(
+        model.config,
+        jnp.zeros(batch, jnp.int32),
+        chunk=default_chunk(model.config.smallest_window),
+        max_length=next_power_of_two(length),
+        dtype=model.dtype,
+    )
+    # The steps that are timed end at this length.
+    steps = min(CONTEXT_STEPS, max(1, length // (repeats + 1)))
+    begin = max(0, length - (repeats + 1) * steps)
+    cache = eqx.tree_at(lambda c: c.length, cache, jnp.int32(begin))
+    logits = jnp.zeros((batch, model.config.vocab_size), jnp.float32)
+    state = _decode(model, _state(cache, logits, (repeats + 1) * steps), steps)
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        state = _decode(model, state, steps)
+        seconds.append((time.perf_counter() - start) / steps)
+    return _spread(np.array(seconds))
+
+
+def _state(cache: Cache, logits: jax.Array, tokens: int) -> DecodeState:
+    batch, vocab = logits.shape
+    return DecodeState(
+        cache,
+        logits,
+        remaining=jnp.full(batch, tokens + 1, jnp.int32),
+        ended=jnp.zeros(batch, bool),
+        keys=jr.split(jr.key(0), batch),
+        sampling=Sampling(),
+        eos_ids=jnp.full(1, -1, jnp.int32),
+        seen=jnp.zeros((batch, vocab), bool),
+    )
+
+
+def _contexts(
+    config: ModelConfig, batch: int, *, room: float, size: int
+) -> tuple[int, ...]:
+    step = 4 if config.smallest_window is None else 2
+    token = batch * 2 * config.n_kv_heads * config.head_dim * size
+    fits = lambda n: token * sum(min(n, w or n) for w in config.windows) <= room
+    lengths = [1024 * step**i for i in range(6) if 1024 * step**i <= 32768]
+    return tuple(n for n in lengths if fits(n))
+
+
+def _spread(values: np.ndarray) -> dict[str, float]:
+    low, median, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
+    return {"median": median, "low": low, "high": high}
+
+
+def _told(spread: dict[str, float], unit: float, name: str) -> str:
+    digits = lambda x: f"{x:,.0f}" if x >= 100 else f"{x:.1f}" if x >= 1 else f"{x:.3f}"
+    low, median, high = (digits(spread[k] / unit) for k in ("low", "median", "high"))
+    return f"{median} {name} ({low} to {high})"
+
+
+def _cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)
+    return os.cpu_count() if affinity is None else len(affinity(0))
+
+
+def _memory() -> int:
+    """Of the device, in bytes."""
+    if jax.default_backend() == "cpu":
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return jax.devices()[0].memory_stats()["bytes_limit"]
+
+
+def _peak_memory() -> int:
+    """The most that this process has had resident, or the device allocated, so far."""
+    if jax.default_backend() != "cpu":
+        return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = status.read_text().splitlines()
+        return next(int(x.split()[1]) for x in lines if x.startswith("VmHWM")) * 1024
+    import resource  # macOS, where it counts in bytes
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,0 +1,264 @@
+"""The instruments: what they count, and that they run. No clock is judged."""
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import PARAMS, cast, random_model, random_tokens
+
+import mistral_eqx as mx
+from mistral_eqx import bench
+from mistral_eqx.__main__ import main
+from mistral_eqx.attention import visible
+from mistral_eqx.checkpoint import weight_shapes
+
+
+PEERS = Path(__file__).parent / "benchmarks" / "peers.py"
+QUICK = ["--prompt", "16", "--tokens", "4", "--repeats", "2", "--contexts", "9,70"]
+
+
+@pytest.fixture(scope="module")
+def peers():
+    spec = importlib.util.spec_from_file_location("peers", PEERS)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["peers"] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def small_probe(monkeypatch):
+    monkeypatch.setattr(bench, "PROBE", 2**22)
+
+
+def config(**changes):
+    return mx.ModelConfig.from_params(PARAMS | changes)
+
+
+def report(capsys, *arguments):
+    assert main(["bench", *QUICK, *arguments]) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and out.count("\n") == 1
+    return json.loads(out)
+
+
+def test_the_embedded_model(capsys):
+    told = report(capsys)
+    assert told["model"] == "tiny_mistral" and told["dtype"] == "float32"
+    assert (told["batch"], told["prompt"], told["tokens"]) == (1, 16, 4)
+    assert told["parameters"] == 5278976
+    assert told["memory"]["weights"] == 4 * told["parameters"]
+    assert told["memory"]["cache"] == 2 * 6 * 2 * 32 * 4 * 64  # one chunk of 64 tokens
+    assert told["memory"]["peak"] > told["memory"]["weights"] + told["memory"]["cache"]
+    assert told["load"] > 0 and min(told["compile"].values()) >= 0
+    assert [row["length"] for row in told["contexts"]] == [9, 70]
+    spreads = [row["seconds_per_step"] for row in told["contexts"]]
+    for name, value in told.items():
+        if isinstance(value, dict) and "median" in value:
+            spreads.append(value)
+    assert len(spreads) == 2 + 5
+    for spread in spreads:
+        assert 0 < spread["low"] <= spread["median"] <= spread["high"] < math.inf
+    # What is derived follows from what is measured.
+    speed = told["decode_tokens_per_second"]["median"] * told["bytes_per_token"]
+    share = told["bandwidth_share"]["median"]
+    assert share == pytest.approx(speed / told["read_bandwidth"])
+    rate = told["prefill_tokens_per_second"]["median"] / 16 * told["prefill_flops"]
+    assert told["prefill_flops_per_second"]["median"] == pytest.approx(rate)
+
+
+def test_a_folder_in_another_dtype_and_a_table_on_a_terminal(saved, capsys, monkeypatch):
+    arguments = [str(saved), "--dtype", "bfloat16", "--contexts"]
+    told = report(capsys, *arguments, "none", "--batch", "3", "--json")
+    assert told["model"] == str(saved) and told["dtype"] == "bfloat16"
+    assert told["contexts"] == [] and told["batch"] == 3
+    c = config(vocab_size=2048)
+    assert told["prefill_flops"] == 3 * bench.prefill_flops(c, tokens=16)
+    size = bench.decode_bytes(c, batch=3, context=16 + 2, itemsize=2)
+    assert told["bytes_per_token"] == pytest.approx(size / 3)
+    # A ring of 16 slots: a window of 8 and a chunk of as many.
+    assert told["memory"]["cache"] == 3 * 2 * 2 * (2 * 6) * 16 * 2
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert main(["bench", *QUICK, *arguments, "9,8", "--tokens", "1"]) == 0
+    out, _ = capsys.readouterr()
+    rows = [line[:16].strip() for line in out.splitlines()]
+    assert rows[:4] == ["device", "weights", "run", "load"] and "decode" not in rows
+    assert rows[-2:] == ["context", ""] and "prefill" in rows
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--batch", "0"], "batch must be 1 or more, got 0."),
+        (["--prompt", "-3"], "prompt must be 1 or more, got -3."),
+        (["--repeats", "0"], "repeats must be 1 or more"),
+        (["--contexts", "1k"], "--contexts must be like"),
+        (["--contexts", "64,0"], "A context must be 1 token or more, got 0."),
+        (["nowhere"], "There is no folder nowhere."),
+        (["here", "--shape", "1b"], "Give a model or --shape, not both."),
+        (["--shape", "2b"], "argument --shape: invalid choice"),
+        (["--tokens", "many"], "argument --tokens: invalid int value"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(arguments, told, capsys):
+    try:
+        status = main(["bench", *arguments])
+    except SystemExit as error:
+        status = error.code
+    out, err = capsys.readouterr()
+    assert (status, out, err.count("\n")) == (2, "", 1) and told in err
+
+
+def test_random_weights_are_made_in_their_dtype_if_there_is_room(monkeypatch):
+    model = bench.random_model(config(), dtype="bfloat16")
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(model)} == {"bfloat16"}
+    assert bench.random_model(config()).dtype == jnp.float32
+    size = sum(leaf.size for leaf in jax.tree.leaves(model))
+    monkeypatch.setattr(bench, "_memory", lambda: 8 * size - 1)
+    assert bench.random_model(config()).dtype == jnp.bfloat16
+    monkeypatch.setattr(bench, "_memory", lambda: 4 * size - 1)
+    with pytest.raises(ValueError, match="Choose a smaller shape or dtype"):
+        bench.random_model(config(), dtype="float32")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("window", [None, 8, (None, 8)])
+def test_bytes_of_a_step(tied, window):
+    """Against the arrays: all weights, and the cache's as they are at that length."""
+    model = random_model(tied_embeddings=tied, sliding_window=window)
+    arrays = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+    if not tied:
+        arrays -= model.tok_embeddings.weight.nbytes * (1 - 3 / 64)  # three rows of it
+    for context in (5, 21):
+        keys = sum(context if w is None else min(w, context) for w in model.config.windows)
+        cache = 3 * keys * 2 * (2 * 6) * 4
+        counted = bench.decode_bytes(model.config, batch=3, context=context, itemsize=4)
+        assert counted == pytest.approx(arrays + cache)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 8, 21])
+@pytest.mark.parametrize("window", [None, 8, (None, 8)])
+def test_operations_of_a_prompt(tokens, window):
+    """Against the shapes, and the pairs that the mask lets through."""
+    c = config(sliding_window=window)
+    matrices = 32 * 24 + 2 * 32 * 12 + 24 * 32 + 3 * 32 * 48
+    positions = jnp.arange(tokens, dtype=jnp.int32)
+    pairs = sum(int(visible(positions, positions, w).sum()) for w in c.windows)
+    expected = 2 * 2 * matrices * tokens + 4 * 4 * 6 * pairs + 2 * 64 * 32
+    assert bench.prefill_flops(c, tokens=tokens) == expected
+
+
+def test_a_mixture_counts_the_chosen_experts():
+    moe = {"num_experts": 4, "num_experts_per_tok": 2}
+    dense, sparse = config(), config(moe=moe, sliding_window=None)
+    expert, gate = 3 * 32 * 48, 4 * 32
+    flops = bench.prefill_flops(sparse, tokens=8) - bench.prefill_flops(dense, tokens=8)
+    assert flops == 2 * 2 * 8 * (expert + gate)  # one expert more, in two layers
+    for batch, read in ((1, 2), (2, 3), (100, 4)):
+        arguments = {"batch": batch, "context": 8, "itemsize": 2}
+        more = bench.decode_bytes(sparse, **arguments) - bench.decode_bytes(
+            dense, **arguments
+        )
+        assert more == pytest.approx(2 * 2 * ((read - 1) * expert + gate))
+
+
+def test_shapes_have_the_sizes_they_are_called_by():
+    sizes = {
+        name: sum(math.prod(s) for s in weight_shapes(c).values())
+        for name, c in bench.SHAPES.items()
+    }
+    assert sizes == {"135m": 134515008, "1b": 852559872, "7b": 7241732096}
+
+
+def test_contexts_stop_where_the_memory_does():
+    window, none = config(), config(sliding_window=None)
+    lengths = lambda c, room: bench._contexts(c, 1, room=room, size=4)
+    assert lengths(window, 1e4) == (1024, 2048, 4096, 8192, 16384, 32768)
+    token = 2 * 2 * 12 * 4
+    assert lengths(none, token * 20000.0) == (1024, 4096, 16384)
+    assert lengths(none, token * 16383.0) == (1024, 4096)
+
+
+def test_peers_help():
+    done = subprocess.run([sys.executable, PEERS, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--shape" in done.stdout and done.stderr == ""
+
+
+def test_gguf_holds_the_weights(peers, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    for dtype in (jnp.float32, jnp.bfloat16):
+        model = cast(random_model(tied_embeddings=dtype == jnp.bfloat16), dtype)
+        folder, path = tmp_path / f"{dtype.__name__}", tmp_path / "model.gguf"
+        mx.save(model, folder, format="huggingface")
+        peers.write_gguf(str(folder), str(path))
+        reader = gguf.GGUFReader(path)
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        leaves, _ = jax.tree_util.tree_flatten_with_path(model)
+        assert len(tensors) == len(leaves)
+        for keys, leaf in leaves:
+            name = jax.tree_util.keystr(keys, simple=True, separator=".")
+            found = tensors[peers.gguf_name(name)]
+            values = gguf.dequantize(found.data, found.tensor_type)
+            np.testing.assert_array_equal(values, np.asarray(leaf.astype(jnp.float32)))
+            kind = "F32" if leaf.ndim == 1 or dtype == jnp.float32 else "BF16"
+            assert found.tensor_type.name == kind
+        value = lambda key: reader.get_field(key).contents()
+        assert value("llama.attention.head_count_kv") == PARAMS["n_kv_heads"]
+        assert value("llama.rope.freq_base") == PARAMS["rope_theta"]
+        assert value("llama.block_count") == PARAMS["n_layers"]
+
+
+class InProcess:
+    """A worker of peers.py without a process."""
+
+    def __init__(self, cls, job):
+        self.cls, self.engine = cls, cls(job)
+
+    def __call__(self, method, *arguments):
+        return getattr(self.engine, method)(*arguments)
+
+
+def test_engines_agree_and_a_wrong_one_is_found(peers, tmp_path, monkeypatch, unchecked):
+    engines = [peers.Package, peers.OneFile, peers.Transformers]
+    folder, path = str(tmp_path / "model"), str(tmp_path / "model.gguf")
+    model = random_model(head_dim=8, sliding_window=64, dim=32, vocab_size=512)
+    mx.save(model, folder, format="huggingface")
+    if all(importlib.util.find_spec(name) for name in ("gguf", "llama_cpp")):
+        peers.write_gguf(folder, path)
+        engines.append(peers.LlamaCpp)
+    prompts = [random_tokens(128, 512, seed=i) for i in range(2)]
+    job = peers.Job("135m", "float32", 2, folder, path, 4, prompts)
+    workers = {cls.name: InProcess(cls, job) for cls in engines}
+    agreed = peers.check(workers, job)
+    assert agreed == {cls.name: 40 for cls in engines[1:]}
+    written = {}
+    for name, worker in workers.items():
+        prepare, run, units = worker.engine.decode(1)
+        assert units == (1 if name == peers.OneFile.name else 4)
+        first = run(prepare())
+        assert run(prepare()) == first
+        written[name] = first
+    del written[peers.OneFile.name]  # sees one token more in its prompt of 96
+    if peers.LlamaCpp.name in written:
+        del written[peers.LlamaCpp.name]  # sees all
+    assert written[peers.Package.name] == written[peers.Transformers.name]
+    losses = []
+    for name in (peers.Package.name, peers.Transformers.name):
+        monkeypatch.setattr(peers, "TRAIN_ROWS", 2)
+        monkeypatch.setattr(peers, "TRAIN_LENGTH", 16)
+        prepare, run, _ = workers[name].engine.train(None)
+        with jax.numpy_dtype_promotion("standard"):  # which optax needs
+            losses.append([run(prepare()) for _ in range(3)])
+    # The second and third follow steps of the two optimizers.
+    np.testing.assert_allclose(*losses, atol=2e-4)
+    other = workers[peers.Transformers.name].engine.model
+    other.model.layers[0].self_attn.q_proj.weight.data *= 1.05
+    with pytest.raises(RuntimeError, match="transformers"):
+        peers.check(workers, job)
