@@ -16,23 +16,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Int32
 
-from .batching import batched_as
 from .config import ModelConfig
-
-
-def _write_batch(size, batched, ring, chunk, start):
-    # `jax.vmap` would make a scatter of it, which XLA:CPU does on a copy of the ring.
-    if batched == [True, True, False]:
-        return _write(ring, chunk, start), True
-    axes = tuple(0 if is_batched else None for is_batched in batched)
-    return jax.vmap(_write_row, axes)(ring, chunk, start), True
-
-
-def _write_row(ring, chunk, start):
-    return jax.lax.dynamic_update_slice_in_dim(ring, chunk, start, axis=-2)
-
-
-_write = batched_as(_write_batch)(_write_row)
 
 
 class LayerCache(eqx.Module):
@@ -55,10 +39,10 @@ class LayerCache(eqx.Module):
         ring's end, which `chunk_sizes` sees to: a block that would is moved back by XLA
         and overwrites slots that are still in use."""
 
-        start = length % self.slots
-
         def write(ring, chunk):
-            return _write(ring, jnp.swapaxes(chunk, 0, 1).astype(ring.dtype), start)
+            chunk = jnp.swapaxes(chunk, 0, 1).astype(ring.dtype)
+            start = length % self.slots
+            return jax.lax.dynamic_update_slice_in_dim(ring, chunk, start, axis=1)
 
         return LayerCache(write(self.keys, keys), write(self.values, values))
 
