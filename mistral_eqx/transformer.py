@@ -39,6 +39,7 @@ class TransformerBlock(eqx.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps, dtype=dtype)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps, dtype=dtype)
 
+    @eqx.filter_jit
     def __call__(
         self,
         x: Float[Array, "seq dim"],
