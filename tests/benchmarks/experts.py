@@ -9,6 +9,7 @@ most: every block that could be needed. The target: faster, and at most 1.3 time
 operations of the experts chosen on the prompt.
 """
 
+import functools
 import math
 import statistics
 import sys
@@ -56,10 +57,11 @@ def count_flops(jaxpr) -> int:
 
 def main(dtype: str = "float32") -> int:
     import jax
+    import jax.numpy as jnp
 
     from mistral_eqx import ModelConfig
     from mistral_eqx.config import MoEConfig
-    from mistral_eqx.moe import MixtureOfExperts, mix_all, route
+    from mistral_eqx.moe import MixtureOfExperts, route
 
     config = ModelConfig(**PARAMS, moe=MoEConfig(N_EXPERTS, TOP_K))
     moe = jax.jit(lambda key: MixtureOfExperts(config, dtype=dtype, key=key))(
@@ -67,7 +69,14 @@ def main(dtype: str = "float32") -> int:
     )
 
     def every_expert(moe, x):
-        return mix_all(moe.experts, x, *route(moe.gate(x), moe.top_k))
+        """In the fastest order of axes: none of the weights is copied."""
+        w1, w2, w3 = (getattr(moe.experts, name).weight for name in ("w1", "w2", "w3"))
+        product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        chosen, weights = route(moe.gate(x), moe.top_k)
+        inner = jax.nn.silu(product("ti,ehi->eth", x, w1)) * product("ti,ehi->eth", x, w3)
+        out = product("eth,eoh->eto", inner.astype(x.dtype), w2)
+        shares = jnp.sum(jax.nn.one_hot(chosen, N_EXPERTS) * weights[:, :, None], axis=1)
+        return product("eto,te->to", out, shares).astype(x.dtype)
 
     ways = {"chosen experts": lambda moe, x: moe(x), "every expert": every_expert}
     needed = 2 * 3 * config.dim * config.hidden_dim * TOP_K
