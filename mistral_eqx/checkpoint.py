@@ -34,7 +34,13 @@ from .huggingface import (
     unstack_experts,
 )
 from .transformer import Transformer
-from .weights import DTYPES, StoredTensor, open_safetensors, open_torch
+from .weights import (
+    DTYPES,
+    StackedTensors,
+    StoredTensor,
+    open_safetensors,
+    open_torch,
+)
 
 
 MISTRAL, HUGGINGFACE = "mistral", "huggingface"
@@ -167,6 +173,15 @@ def weight_name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
+def stored_names(name: str, config: ModelConfig) -> list[str]:
+    """The names in Mistral's files of what is one array in the model: itself, or those of
+    its slices, since the model stacks the experts of a layer."""
+    if ".experts." not in name:
+        return [name]
+    experts = [f".experts.{expert}." for expert in range(config.moe.num_experts)]
+    return [name.replace(".experts.", expert) for expert in experts]
+
+
 def read_config(folder: str | os.PathLike) -> ModelConfig:
     """Reads and checks a folder's `params.json` or `config.json`. Raises as
     [`load_model`][] does."""
@@ -265,7 +280,8 @@ def load_model(
     weights = []
     with bar:
         for name, sharding in zip(names, shardings):
-            tensor = tensors[name]
+            stored = [tensors[part] for part in stored_names(name, config)]
+            tensor = tensors.get(name) or StackedTensors(tuple(stored))
             read = functools.partial(tensor.array, dtype=dtype)
             weights.append(jax.make_array_from_callback(tensor.shape, sharding, read))
             bar.update(tensor.size * dtype.itemsize)

@@ -159,6 +159,11 @@ class ModelConfig:
                 "sliding_window must be a positive integer, null, or a list of these, got "
                 f"{self.sliding_window!r}."
             )
+        if self.moe is not None and period != (None,):
+            raise ValueError(
+                "sliding_window must be null where there is moe, got "
+                f"{self.sliding_window!r}: no Mixtral was trained with a window."
+            )
         if self.n_layers % len(period) != 0:
             raise ValueError(
                 f"sliding_window has {len(period)} entries, which cannot be repeated over "

@@ -34,11 +34,11 @@ def project(
             out = jnp.einsum("noi,ri->nor", halves, x, preferred_element_type=jnp.float32)
             return out.transpose(2, 0, 1).reshape(rows, -1)
     elif rows < 4:
-        return jnp.concatenate([_converted_row(row, weight) for row in jnp.split(x, rows)])
+        return jnp.concatenate([converted_row(row, weight) for row in jnp.split(x, rows)])
     return jnp.einsum("ri,oi->ro", x, weight, preferred_element_type=jnp.float32)
 
 
-def _converted_row(
+def converted_row(
     x: Float[Array, "1 in"], weight: Float[Array, "out in"]
 ) -> Float32[Array, "1 out"]:
     # Zeros that XLA cannot know to be. What is divided is written out, and not computed

@@ -19,13 +19,14 @@ from .checkpoint import (
     HUGGINGFACE,
     MISTRAL,
     open_checkpoint,
+    stored_names,
     weight_name,
     weight_shapes,
 )
 from .config import ModelConfig
 from .huggingface import config_to_json, huggingface_name, to_huggingface
 from .transformer import Transformer
-from .weights import DTYPES, StoredTensor, write_safetensors
+from .weights import DTYPES, Index, StoredTensor, write_safetensors
 
 
 # What is not weights but goes with them.
@@ -74,10 +75,14 @@ def save(
     leaves, _ = jax.tree_util.tree_flatten_with_path(model)
     tensors = {}
     for path, leaf in leaves:
-        name = weight_name(path)
         kind = next((k for k, v in DTYPES.items() if v == leaf.dtype), str(leaf.dtype))
-        read = functools.partial(_read_array, leaf)
-        tensors[name] = StoredTensor(Path("the model"), name, kind, leaf.shape, read)
+        whole = weight_name(path)
+        for i, name in enumerate(stored_names(whole, model.config)):
+            # The stacked weights of a Mixtral's experts are written one by one.
+            first = () if name == whole else (i,)
+            read = functools.partial(_read_array, leaf, first)
+            shape = leaf.shape[len(first) :]
+            tensors[name] = StoredTensor(Path("the model"), name, kind, shape, read)
     path = None if tokenizer is None else Path(getattr(tokenizer, "path", tokenizer))
     _write(
         model.config,
@@ -105,7 +110,7 @@ def convert(
 
     **Arguments:**
 
-    - `source`: a folder that [`load_model`][] reads, or a Mixtral.
+    - `source`: a folder that [`load_model`][] reads.
     - `target`, `dtype`, `max_shard_size`, `force`: see [`save`][].
     - `format`: `"mistral"` or `"huggingface"`. By default, the one that `source` is not.
 
@@ -252,5 +257,5 @@ def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
 
 
-def _read_array(leaf: jax.Array, index: tuple[slice, ...]) -> np.ndarray:
-    return np.asarray(leaf[index])
+def _read_array(leaf: jax.Array, first: tuple[int, ...], index: Index) -> np.ndarray:
+    return np.asarray(leaf[(*first, *index)])

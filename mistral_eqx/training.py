@@ -1,5 +1,6 @@
 """Next-token training: the loss, one step, and a loop that survives being killed."""
 
+import functools
 import json
 import os
 import zlib
@@ -14,13 +15,24 @@ import optax
 from jaxtyping import Array, Float32, Int, Integer
 from tqdm import tqdm
 
+from .moe import load_balancing_loss
 from .transformer import Transformer
 
 
-def loss(model: Transformer, tokens: Int[Array, "batch seq"]) -> Float32[Array, ""]:
-    """The mean cross-entropy, in nats a token, of each token after those before it."""
-    logits, _ = jax.vmap(model)(tokens[:, :-1])
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]))
+def loss(
+    model: Transformer, tokens: Int[Array, "batch seq"], *, balance: float = 0.02
+) -> Float32[Array, ""]:
+    """The mean cross-entropy, in nats a token, of each token after those before it; for a
+    Mixtral plus `balance` times [`load_balancing_loss`][], so that no expert is left out.
+    """
+    moe = model.config.moe
+    if moe is None or balance == 0:
+        (logits, _), uneven = jax.vmap(model)(tokens[:, :-1]), 0
+    else:
+        logits, router_logits = jax.vmap(model.with_router_logits)(tokens[:, :-1])
+        uneven = balance * load_balancing_loss(router_logits, moe.num_experts_per_tok)
+    entropy = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    return jnp.mean(entropy) + uneven
 
 
 def make_optimizer(
@@ -64,7 +76,7 @@ def train_step(
     return TrainState(model, optimizer_state, state.step + 1), value
 
 
-_evaluate = eqx.filter_jit(loss)
+_evaluate = eqx.filter_jit(functools.partial(loss, balance=0.0))
 
 
 def sample_batch(

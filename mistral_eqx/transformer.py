@@ -10,6 +10,7 @@ from .attention import Attention
 from .cache import Cache, LayerCache
 from .config import ModelConfig
 from .layers import Embedding, FeedForward, Linear, RMSNorm, project
+from .moe import MixtureOfExperts
 from .rope import rotation
 
 
@@ -17,7 +18,7 @@ class TransformerBlock(eqx.Module):
     """Attention, then the feed-forward network, each added to the residual stream."""
 
     attention: Attention
-    feed_forward: FeedForward
+    feed_forward: FeedForward | MixtureOfExperts
     attention_norm: RMSNorm
     ffn_norm: RMSNorm
 
@@ -33,9 +34,12 @@ class TransformerBlock(eqx.Module):
         """
         key_attention, key_ffn = jr.split(key)
         self.attention = Attention(config, layer, dtype=dtype, key=key_attention)
-        self.feed_forward = FeedForward(
-            config.dim, config.hidden_dim, dtype=dtype, key=key_ffn
-        )
+        if config.moe is None:
+            self.feed_forward = FeedForward(
+                config.dim, config.hidden_dim, dtype=dtype, key=key_ffn
+            )
+        else:
+            self.feed_forward = MixtureOfExperts(config, dtype=dtype, key=key_ffn)
         self.attention_norm = RMSNorm(config.dim, config.norm_eps, dtype=dtype)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps, dtype=dtype)
 
@@ -49,11 +53,30 @@ class TransformerBlock(eqx.Module):
         length: Int32[Array, ""],
     ) -> tuple[Float[Array, "seq dim"], LayerCache | None]:
         """As [`Attention`][], but for the whole block: `x` comes back with both added."""
+        x, cache = self.attend(x, positions, rotation, cache, length)
+        return self.feed(x), cache
+
+    def attend(
+        self,
+        x: Float[Array, "seq dim"],
+        positions: Int32[Array, "seq"],
+        rotation: tuple[Float32[Array, "seq half"], Float32[Array, "seq half"]],
+        cache: LayerCache | None,
+        length: Int32[Array, ""],
+    ) -> tuple[Float[Array, "seq dim"], LayerCache | None]:
+        """The first half of the block: `x` comes back with what was attended added."""
         attended, cache = self.attention(
             self.attention_norm(x), positions, rotation, cache, length
         )
-        x = x + attended
-        return x + self.feed_forward(self.ffn_norm(x)), cache
+        return x + attended, cache
+
+    def feed(self, x: Float[Array, "seq dim"]) -> Float[Array, "seq dim"]:
+        """The second half of the block."""
+        return x + self.feed_forward(self.ffn_norm(x))
+
+    def router_logits(self, x: Float[Array, "seq dim"]) -> Float[Array, "seq experts"]:
+        """What the second half of a Mixtral's block chooses experts by."""
+        return self.feed_forward.gate(self.ffn_norm(x))
 
 
 class Transformer(eqx.Module):
@@ -85,16 +108,7 @@ class Transformer(eqx.Module):
         - `dtype`: of the weights, and so of everything that the contract does not fix
             to float32.
         - `key`: for the initialisation.
-
-        **Raises:**
-
-        `ValueError` for a mixture of experts, which is not implemented.
         """
-        if config.moe is not None:
-            raise ValueError(
-                "This is a Mixtral: its mixture of experts (moe in params.json) is not "
-                "implemented. It can be converted and inspected, but not run."
-            )
         key_embed, key_out, *keys = jr.split(key, config.n_layers + 2)
         self.tok_embeddings = Embedding(
             config.vocab_size, config.dim, dtype=dtype, key=key_embed
@@ -135,16 +149,38 @@ class Transformer(eqx.Module):
     ) -> tuple[tuple[Float[Array, "seq dim"], ...], Cache | None]:
         """The residual stream: `n_layers + 1` arrays, of which the first is the embedding
         and each other the output of a block. Arguments are those of `__call__`."""
+        hidden, _, cache = self._run(tokens, cache)
+        return hidden, cache
+
+    def with_router_logits(
+        self, tokens: Int[Array, "seq"]
+    ) -> tuple[Float32[Array, "seq vocab"], Float[Array, "layers seq experts"]]:
+        """For training a Mixtral: the logits of the token that follows each, and of each
+        token's experts in every layer."""
+        hidden, middle, _ = self._run(tokens, None)
+        router_logits = [block.router_logits(x) for block, x in zip(self.layers, middle)]
+        return self.logits(hidden[-1]), jnp.stack(router_logits)
+
+    def _run(
+        self, tokens: Int[Array, "seq"], cache: Cache | None
+    ) -> tuple[
+        tuple[Float[Array, "seq dim"], ...],
+        tuple[Float[Array, "seq dim"], ...],
+        Cache | None,
+    ]:
+        """The residual stream before each block and at the end, and amid each block."""
         length = jnp.int32(0) if cache is None else cache.length
         padding = jnp.int32(0) if cache is None else cache.padding
         positions = length - padding + jnp.arange(tokens.shape[0], dtype=jnp.int32)
         config = self.config
         angles = rotation(positions, config.head_dim, config.rope_theta, config.yarn)
         x = self.tok_embeddings(tokens)
-        hidden, layer_caches = [x], []
+        hidden, middle, layer_caches = [x], [], []
         for i, block in enumerate(self.layers):
             layer_cache = None if cache is None else cache.layers[i]
-            x, layer_cache = block(x, positions, angles, layer_cache, length)
+            x, layer_cache = block.attend(x, positions, angles, layer_cache, length)
+            middle.append(x)
+            x = block.feed(x)
             hidden.append(x)
             layer_caches.append(layer_cache)
         if cache is not None:
@@ -153,7 +189,7 @@ class Transformer(eqx.Module):
                 cache,
                 (tuple(layer_caches), length + tokens.shape[0]),
             )
-        return tuple(hidden), cache
+        return tuple(hidden), tuple(middle), cache
 
     def logits(self, hidden: Float[Array, "seq dim"]) -> Float32[Array, "seq vocab"]:
         """The logits of the token that follows each: `hidden` is the last of

@@ -68,8 +68,36 @@ class StoredTensor:
         """Reads the part at `index` as numbers of another type."""
         shape = [len(range(n)[part]) for n, part in zip(self.shape, index)]
         out = _aligned(shape, dtype)
+        self.fill(out, index)
+        return out
+
+    def fill(self, out: np.ndarray, index: Index) -> None:
+        """Reads the part at `index` into an array of its shape."""
         for place, piece in self.pieces(index):
             out[place] = piece
+
+
+@dataclasses.dataclass(frozen=True)
+class StackedTensors:
+    """Several [`StoredTensor`][]s of one shape, as one with an axis before theirs."""
+
+    tensors: tuple[StoredTensor, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.tensors), *self.tensors[0].shape)
+
+    @property
+    def size(self) -> int:
+        return len(self.tensors) * self.tensors[0].size
+
+    def array(self, index: Index, dtype: np.dtype) -> np.ndarray:
+        """Reads the part at `index` as numbers of another type."""
+        tensors = self.tensors[index[0]]
+        shape = [len(range(n)[part]) for n, part in zip(self.shape, index)]
+        out = _aligned(shape, dtype)
+        for place, tensor in zip(out, tensors):
+            tensor.fill(place, index[1:])
         return out
 
 

@@ -39,9 +39,8 @@ def random_model(**changes):
         if leaf.ndim == 1:
             values = 1 + 0.2 * values
         elif weight_name(path) != "tok_embeddings.weight":
-            values *= (3 if "attention.w" in weight_name(path) else 1.5) / leaf.shape[
-                1
-            ] ** 0.5
+            scale = 3 if "attention.w" in weight_name(path) else 1.5
+            values *= scale / leaf.shape[-1] ** 0.5
         return jnp.asarray(values, jnp.float32)
 
     return jax.tree_util.tree_map_with_path(weight, skeleton)

@@ -20,6 +20,7 @@ FLOORS = {
     "cache": 1,
     "huggingface": 1,
     "attention": 2,
+    "moe": 2,
     "transformer": 3,
     "checkpoint": 4,
     "reading": 4,

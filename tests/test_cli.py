@@ -137,6 +137,21 @@ def test_train(params, text, tmp_path, capsys):
     assert (out / "consolidated.safetensors").read_bytes() == before
 
 
+def test_train_a_mixtral(params, text, tmp_path, capsys):
+    moe = {"num_experts": 4, "num_experts_per_tok": 2}
+    path = params / "params.json"
+    values = json.loads(path.read_text()) | {"moe": moe, "sliding_window": None}
+    path.write_text(json.dumps(values))
+    options = ["--params", params, "--corpus", text, "--batch_size", 2, "--seq_len", 16]
+    with jax.numpy_dtype_promotion("standard"):
+        assert run("train", tmp_path / "trained", *options, "--steps", 4) == 0
+    capsys.readouterr()
+    assert run("inspect", tmp_path / "trained") == 0
+    assert "4 experts" in capsys.readouterr().out
+    for command in (["score", text], ["generate", "--max_tokens", 5, "To be"]):
+        assert run(*command, "--model", tmp_path / "trained") == 0
+
+
 def test_train_goes_on(params, text, tmp_path, monkeypatch, capsys):
     # Killed behind its last checkpoint, while it writes the model.
     options = ["--params", params, "--corpus", text, "--batch_size", 2, "--seq_len", 16]

@@ -136,7 +136,6 @@ def test_transformers_reads_what_is_written(name, tmp_path):
         # transformers merges the experts, and writes them apart again.
         model.save_pretrained(tmp_path / "theirs")
         assert_same_bits(tmp_path / "theirs", name)
-        return
     tokens = random_tokens(40)
     with torch.no_grad():
         theirs = model.float()(torch.tensor([tokens])).logits[0].numpy()
@@ -216,9 +215,10 @@ def test_huggingface_torch_files(n_files, tmp_path):
     assert_same_bits(folder, "v0.3")
 
 
-def test_the_first_mixtral(tmp_path):
-    """Experts stacked, w2 transposed, a window in a string, the names of config.json."""
-    folder, tensors = tmp_path / "torrent", dict(weights_of("Mixtral"))
+def write_torrent(folder):
+    """The first Mixtral: experts stacked, w2 transposed, a window in a string, the names
+    of config.json."""
+    tensors = dict(weights_of("Mixtral"))
     folder.mkdir()
     for layer in range(SIZES["n_layers"]):
         feed_forward = f"layers.{layer}.feed_forward"
@@ -239,17 +239,93 @@ def test_the_first_mixtral(tmp_path):
         del params[key]
     params |= {"sliding_window": "4096", "head_dim": 8}
     (folder / "params.json").write_text(json.dumps(params))
+
+
+def test_the_first_mixtral(tmp_path):
+    folder = tmp_path / "torrent"
+    write_torrent(folder)
     assert read_config(folder).windows == (None, None)
     assert read_config(folder).rope_theta == 1e6
     assert_same_bits(folder, "Mixtral")
     convert(folder, tmp_path / "raw", format="mistral")
     assert_same_bits(tmp_path / "raw", "Mixtral")
+    convert(folder, tmp_path / "hf", format="huggingface")
+    for layout in (folder, tmp_path / "raw", tmp_path / "hf"):
+        assert_is_mixtral(load_model(layout, dtype="bfloat16"))
 
 
-def test_mixtral_is_refused_by_name(tmp_path):
-    folder = write_raw(tmp_path / "raw", "Mixtral")
-    with pytest.raises(ValueError, match="This is a Mixtral: its mixture of experts"):
-        load_model(folder)
+def stored_mixtral(name):
+    """The array of the model that has this name: the experts' are stacked."""
+    whole = weights_of("Mixtral")
+    if ".experts." not in name:
+        return whole[name]
+    return np.stack([whole[name.replace("experts", f"experts.{e}")] for e in range(4)])
+
+
+def assert_is_mixtral(model):
+    for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]:
+        np.testing.assert_array_equal(leaf, stored_mixtral(checkpoint.weight_name(path)))
+
+
+@pytest.mark.parametrize("format", ["mistral", "huggingface"])
+def test_a_saved_mixtral(format, tmp_path):
+    """Experts are stacked in the model and one by one in the files."""
+    model = load_model(write_raw(tmp_path / "raw", "Mixtral"), dtype="bfloat16")
+    save(model, tmp_path / "saved", format=format, max_shard_size="30KB")
+    assert_same_bits(tmp_path / "saved", "Mixtral")
+    again = load_model(tmp_path / "saved", dtype="bfloat16")
+    assert again.config.moe == model.config.moe
+    assert_is_mixtral(again)
+
+
+@pytest.mark.parametrize("n_experts", [1, 3])
+def test_any_number_of_experts(n_experts, tmp_path):
+    config = ModelConfig(**SIZES, moe=MoEConfig(n_experts, 1))
+    model = mistral_eqx.Transformer(config, key=jax.random.key(0))
+    save(model, tmp_path / "saved")
+    again = load_model(tmp_path / "saved")
+    assert again.config.moe == config.moe
+    for leaf, other in zip(jax.tree.leaves(again), jax.tree.leaves(model), strict=True):
+        np.testing.assert_array_equal(leaf, other)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("format", ["mistral", "huggingface", "torrent"])
+def test_each_device_reads_its_part_of_the_experts(format, axis, tmp_path, monkeypatch):
+    """Whole experts, rows or columns of each."""
+    folder = tmp_path / "folder"
+    if format == "torrent":
+        write_torrent(folder)
+    else:
+        convert(write_raw(tmp_path / "raw", "Mixtral"), folder, format=format)
+    read_bytes = []
+    fill = weights.StoredTensor.fill
+
+    def record(self, out, index):
+        read_bytes.append((self.name, out.shape))
+        fill(self, out, index)
+
+    monkeypatch.setattr(weights.StoredTensor, "fill", record)
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(AxisType.Auto,))
+    spread = NamedSharding(mesh, PartitionSpec(*[None] * axis, "model"))
+    skeleton = eqx.filter_eval_shape(
+        mistral_eqx.Transformer, read_config(folder), key=jax.random.key(0)
+    )
+    replicated = NamedSharding(mesh, PartitionSpec())
+    shardings = jax.tree.map(
+        lambda leaf: spread if leaf.ndim == 3 else replicated, skeleton
+    )
+    model = load_model(folder, dtype="bfloat16", shardings=shardings)
+    assert_is_mixtral(model)
+    stacked = [leaf for leaf in jax.tree.leaves(model) if leaf.ndim == 3]
+    assert len(stacked) == 3 * SIZES["n_layers"]
+    for leaf in stacked:
+        assert leaf.sharding == spread
+        assert leaf.addressable_shards[0].data.size * 4 == leaf.size
+    # No number of an expert is read twice.
+    asked = sum(np.prod(shape) for name, shape in read_bytes if len(shape) == 2)
+    others = sum(4 * leaf.size for leaf in jax.tree.leaves(model) if leaf.ndim == 2)
+    assert asked <= sum(leaf.size for leaf in stacked) + others
 
 
 def test_both_formats_in_one_folder(tmp_path, caplog):

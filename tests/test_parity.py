@@ -20,6 +20,7 @@ import one_file_ref
 from mistral_eqx import generation, load, reading
 from mistral_eqx.__main__ import CORPUS, read_text, split_held_out
 from mistral_eqx.checkpoint import weight_name
+from mistral_eqx.config import MoEConfig
 from mistral_eqx.text import TINY_MISTRAL
 
 
@@ -36,6 +37,16 @@ CASES = {
         "rope_theta": 1e6,
     },
 }
+# The one-file port has no experts.
+MIXTRAL = "4 experts, 2 a token"
+PACKAGE_CASES = CASES | {
+    MIXTRAL: {
+        "sliding_window": None,
+        "head_dim": 8,
+        "rope_theta": 1e6,
+        "moe": MoEConfig(4, 2),
+    }
+}
 CHUNKS = (1, 3, 8, 11)
 torch.set_num_threads(1)  # no model here is worth more
 HUGGING_FACE_NAMES = {
@@ -49,6 +60,10 @@ HUGGING_FACE_NAMES = {
     "feed_forward.w1": "mlp.gate_proj",
     "feed_forward.w2": "mlp.down_proj",
     "feed_forward.w3": "mlp.up_proj",
+    "feed_forward.gate": "mlp.gate",
+    "feed_forward.experts.w1": "mlp.experts.gate_proj",
+    "feed_forward.experts.w2": "mlp.experts.down_proj",
+    "feed_forward.experts.w3": "mlp.experts.up_proj",
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
@@ -74,6 +89,19 @@ def hugging_face_weight(name, weight, config):
     return prefix + HUGGING_FACE_NAMES[name] + ".weight", torch.tensor(weight)
 
 
+def hugging_face_weights(weights, config):
+    """Those of a whole model. transformers stacks the experts too, and w1 upon w3."""
+    renamed = dict(
+        hugging_face_weight(name, weight, config) for name, weight in weights.items()
+    )
+    for name in [name for name in renamed if name.endswith("experts.gate_proj.weight")]:
+        stem = name.removesuffix(".gate_proj.weight")
+        gate, up = (renamed.pop(f"{stem}.{w}_proj.weight") for w in ("gate", "up"))
+        renamed[f"{stem}.gate_up_proj"] = torch.cat([gate, up], dim=1)
+        renamed[f"{stem}.down_proj"] = renamed.pop(f"{stem}.down_proj.weight")
+    return renamed
+
+
 def hugging_face(model, **changes):
     """The same model, in float32, in transformers."""
     config = model.config
@@ -93,14 +121,17 @@ def hugging_face(model, **changes):
         "bos_token_id": None,
         "eos_token_id": None,
     }
-    torch_config = transformers.MistralConfig(
+    name = "Mistral"
+    if config.moe is not None:
+        name = "Mixtral"
+        kwargs["num_local_experts"] = config.moe.num_experts
+        kwargs["num_experts_per_tok"] = config.moe.num_experts_per_tok
+    torch_config = getattr(transformers, f"{name}Config")(
         **kwargs | changes, attn_implementation="eager"
     )
-    torch_model = transformers.MistralForCausalLM(torch_config).eval()
-    weights = state_dict(cast(model, jnp.float32)).items()
-    torch_model.load_state_dict(
-        dict(hugging_face_weight(name, weight, config) for name, weight in weights)
-    )
+    torch_model = getattr(transformers, f"{name}ForCausalLM")(torch_config).eval()
+    weights = state_dict(cast(model, jnp.float32))
+    torch_model.load_state_dict(hugging_face_weights(weights, config))
     return torch_model
 
 
@@ -159,7 +190,7 @@ class Case:
 
 @functools.cache
 def case(name):
-    model = random_model(**CASES[name])
+    model = random_model(**PACKAGE_CASES[name])
     window = model.config.sliding_window
     # Without a window far enough for a missing permutation of wq and wk to show.
     tokens = random_tokens(5 * window if window else 80)
@@ -175,9 +206,10 @@ def case(name):
 
 
 cases = pytest.mark.parametrize("name", CASES)
+package_cases = pytest.mark.parametrize("name", PACKAGE_CASES)
 
 
-@cases
+@package_cases
 def test_package_logits(name):
     expected = case(name)
     logits, cache = eqx.filter_jit(expected.model)(jnp.asarray(expected.tokens))
@@ -185,7 +217,7 @@ def test_package_logits(name):
     np.testing.assert_allclose(logits, expected.logits, **TOLERANCE)
 
 
-@cases
+@package_cases
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_package_ragged_batch_in_chunks(name, chunk):
     expected = case(name)
@@ -200,7 +232,7 @@ def test_package_ragged_batch_in_chunks(name, chunk):
         assert continued[len(prompt) - 1].tokens == tokens
 
 
-@cases
+@package_cases
 def test_package_hidden_states(name):
     expected = case(name)
     tokens = torch.tensor([expected.tokens])

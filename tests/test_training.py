@@ -10,7 +10,13 @@ import optax
 import pytest
 import torch
 from models import cast, random_model, random_tokens
-from test_parity import hugging_face, hugging_face_weight, state_dict
+from test_parity import (
+    MIXTRAL,
+    PACKAGE_CASES,
+    hugging_face,
+    hugging_face_weights,
+    state_dict,
+)
 
 from mistral_eqx import Transformer, reading, training
 from mistral_eqx.training import (
@@ -69,18 +75,24 @@ def test_loss_is_the_score():
     assert abs(eqx.filter_jit(loss)(model, BATCH) + scores.mean()) < 1e-5
 
 
-@pytest.mark.parametrize("window", [8, None])
-def test_gradients_are_transformers(window):
-    model = random_model(sliding_window=window)
-    value, grads = eqx.filter_jit(eqx.filter_value_and_grad(loss))(model, BATCH)
-    torch_model = hugging_face(model)
+@pytest.mark.parametrize(
+    "changes", [{}, {"sliding_window": None}, PACKAGE_CASES[MIXTRAL]], ids=str
+)
+def test_gradients_are_transformers(changes):
+    model = random_model(**changes)
+    grad_of_loss = eqx.filter_jit(eqx.filter_value_and_grad(loss))
+    value, grads = grad_of_loss(model, BATCH, balance=0.1)
+    # transformers balances the experts over all tokens that it is given: those that have
+    # one behind them.
+    changes = {"output_router_logits": True, "router_aux_loss_coef": 0.1}
+    torch_model = hugging_face(model, **changes if model.config.moe else {})
     tokens = torch.tensor(np.asarray(BATCH, np.int64))
-    torch_value = torch_model(tokens, labels=tokens).loss
+    inputs, labels = tokens[:, :-1], tokens[:, 1:].contiguous()
+    torch_value = torch_model(inputs, labels=labels, shift_labels=labels).loss
     torch_value.backward()
     assert abs(value - torch_value.item()) < 1e-5
     theirs = dict(torch_model.named_parameters())
-    for name, grad in state_dict(grads).items():
-        name, grad = hugging_face_weight(name, grad, model.config)
+    for name, grad in hugging_face_weights(state_dict(grads), model.config).items():
         expected = theirs.pop(name).grad
         scale = expected.abs().max()
         assert scale > 1e-3
