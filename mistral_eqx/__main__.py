@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import jax
 import numpy as np
 
 from .sampling import Sampling
@@ -32,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit status: 0, 2 for an error of the user's, which
     is told in one line, 130 if interrupted."""
     options = _parser().parse_args(arguments)
+    if not options.no_compilation_cache:
+        _keep_programs()
     try:
         options.run(options)
         sys.stdout.flush()
@@ -49,6 +52,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return 130
+
+
+def _keep_programs() -> None:
+    """Compiled programs are kept in the user's cache folder for the next time, unless JAX
+    was told of another folder (`JAX_COMPILATION_CACHE_DIR`)."""
+    if jax.config.jax_compilation_cache_dir is None:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder /= "mistral_eqx"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:  # a home that cannot be written to is no reason to stop
+            return
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    # Those of a small model take less than JAX thinks worth keeping.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def _complain(error: Exception) -> None:
@@ -418,6 +436,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--debug", action="store_true", help="show the traceback of an error"
+    )
+    parser.add_argument(
+        "--no_compilation_cache",
+        action="store_true",
+        help="keep no compiled programs in the user's cache folder, and use none",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
