@@ -28,7 +28,7 @@ def project(
     if weight.dtype == jnp.float32:
         if rows == 1:
             return (weight @ x[0])[None, :]
-        if rows <= 128 and weight.shape[0] % 2 == 0:
+        if rows <= 64 and weight.shape[0] % 2 == 0:
             # The matrix on the left. In halves, or XLA would put it on the right again.
             halves = weight.reshape(2, -1, weight.shape[1])
             out = jnp.einsum("noi,ri->nor", halves, x, preferred_element_type=jnp.float32)

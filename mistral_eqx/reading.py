@@ -44,8 +44,9 @@ class Scored:
 
 def default_chunk(window: int | None) -> int:
     """The most tokens of a prompt that go through the model at once: the power of two that
-    fits in the window, so that the ring is no longer than two windows."""
-    return 256 if window is None else min(256, 1 << (window.bit_length() - 1))
+    fits in the window, between 128 and 256. Fewer would leave a device idle, and more make
+    the ring longer than it need be."""
+    return 256 if window is None else min(256, max(128, 1 << (window.bit_length() - 1)))
 
 
 def prefill(

@@ -43,7 +43,7 @@ class TransformerBlock(eqx.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps, dtype=dtype)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps, dtype=dtype)
 
-    # Within a program this saves time to trace it: blocks of the same shapes are traced once.
+    # A program is sooner traced: blocks of the same shapes are traced once.
     @eqx.filter_jit
     def __call__(
         self,

@@ -186,12 +186,12 @@ def test_a_long_prompt_takes_the_memory_of_a_chunk():
     """The largest array that any program makes does not grow with the prompt."""
     model = random_model(n_layers=1)
     tokens = random_tokens(5000)
-    cache, logits = prefill(model, [tokens], max_tokens=10)
+    cache, logits = prefill(model, [tokens], max_tokens=10, chunk=8)
     assert cache.slots == (16,)
-    scored = score(model, tokens)
+    scored = score(model, tokens, chunk=8)
     assert len(scored.logprobs) == 4999
     np.testing.assert_allclose(
-        prefill(model, [tokens[-8:]])[1], logits, atol=1e-4
+        prefill(model, [tokens[-8:]], chunk=8)[1], logits, atol=1e-4
     )  # one layer of window 8 sees no further
 
 

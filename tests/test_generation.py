@@ -160,8 +160,8 @@ def test_max_tokens():
 
 def test_one_program_decodes_everything(traced):
     model = random_model(norm_eps=2e-5)  # of no other test, so that nothing is compiled
-    generate(model, PROMPTS)
-    generate(model, PROMPTS, max_tokens=BLOCK + 7)
+    generate(model, PROMPTS, chunk=8)
+    generate(model, PROMPTS, max_tokens=BLOCK + 7, chunk=8)
     for options in (
         {"max_tokens": 1},
         {"max_tokens": 200},
@@ -169,11 +169,12 @@ def test_one_program_decodes_everything(traced):
         {"key": jax.random.key(5)},
         {"eos_ids": [7]},
     ):
-        generate(model, PROMPTS, **options)
-    generate(model, [TEXT[:9], TEXT[5:30] * 8, TEXT[:2], TEXT[7:8]], temperature=1.0)
-    stream(model, PROMPTS, block=3)
+        generate(model, PROMPTS, **options, chunk=8)
+    others = [TEXT[:9], TEXT[5:30] * 8, TEXT[:2], TEXT[7:8]]
+    generate(model, others, temperature=1.0, chunk=8)
+    stream(model, PROMPTS, block=3, chunk=8)
     other = jax.tree.map(lambda leaf: 2 * leaf, model)
-    generate(other, PROMPTS)
+    generate(other, PROMPTS, chunk=8)
     # A chunk of one window, and the step.
     assert traced == [(8, 16), (1, 16)]
 
@@ -181,7 +182,7 @@ def test_one_program_decodes_everything(traced):
 def test_prompts_of_all_lengths_share_their_programs(traced):
     model = random_model(norm_eps=3e-5)
     for length in range(1, 41):
-        prefill(model, [TEXT[:length]])
+        prefill(model, [TEXT[:length]], chunk=8)
     # A text that will not fill the ring gets a smaller one.
     assert len(traced) == len(set(traced)) <= 8
     assert set(traced) == {(size, slots) for size in (1, 2, 4, 8) for slots in (8, 16)}
@@ -196,8 +197,8 @@ def test_a_long_prompt_needs_no_more(traced, monkeypatch):
     def run(prompt):
         # The programs of this prompt alone, with the memory that each needs.
         programs.clear()
-        cache, _ = prefill(model, [prompt], max_tokens=8)
-        rows = generate(model, [prompt], max_tokens=8)
+        cache, _ = prefill(model, [prompt], max_tokens=8, chunk=64)
+        rows = generate(model, [prompt], max_tokens=8, chunk=64)
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
         return rows, size, {shape: programs[shape] for shape in programs}
 
@@ -255,17 +256,17 @@ def test_score_is_the_log_probability(window):
 
 def test_score_of_a_long_text(traced):
     model = random_model(norm_eps=5e-5)
-    scores = score(model, random_tokens(3004))
+    scores = score(model, random_tokens(3004), chunk=8)
     assert scores.shape == (3003,) and np.isfinite(scores).all()
-    score(model, random_tokens(204, seed=1))
-    score(model, random_tokens(1001, seed=2))
+    score(model, random_tokens(204, seed=1), chunk=8)
+    score(model, random_tokens(1001, seed=2), chunk=8)
     # 3 are 2 and 1.
     assert sorted(traced) == [(1, 16), (2, 16), (8, 16)]
 
 
 @pytest.mark.parametrize(
     "window, chunk",
-    [(1, 1), (3, 2), (8, 8), (64, 64), (255, 128), (4096, 256), (None, 256)],
+    [(1, 128), (64, 128), (255, 128), (256, 256), (4096, 256), (None, 256)],
 )
 def test_default_chunk(window, chunk):
     assert default_chunk(window) == chunk
