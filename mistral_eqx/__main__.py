@@ -65,8 +65,8 @@ def _keep_programs() -> None:
         except OSError:  # a home that cannot be written to is no reason to stop
             return
         jax.config.update("jax_compilation_cache_dir", str(folder))
-    # Those of a small model take less than JAX thinks worth keeping.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    # Many of them take less than JAX thinks worth keeping, and seconds together.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def _complain(error: Exception) -> None:
@@ -438,7 +438,7 @@ def _parser() -> argparse.ArgumentParser:
         "--debug", action="store_true", help="show the traceback of an error"
     )
     parser.add_argument(
-        "--no_compilation_cache",
+        "--no-compilation-cache",
         action="store_true",
         help="keep no compiled programs in the user's cache folder, and use none",
     )

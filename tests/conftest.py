@@ -1,6 +1,11 @@
 """Every test runs with shapes and dtypes checked, and nothing promoted in silence."""
 
+import os
 import shutil
+
+
+# The command line keeps compiled programs in the user's folder: tests leave that alone.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
 
 import jax
 import jaxtyping

@@ -186,6 +186,25 @@ def test_invalid_utf8_on_standard_input(folder):
         assert "Traceback" not in err
 
 
+def test_compiled_programs_are_kept(folder, tmp_path):
+    def start(home, *arguments):
+        environment = ENVIRONMENT | {"XDG_CACHE_HOME": str(home)}
+        del environment["JAX_ENABLE_COMPILATION_CACHE"]
+        command = [*COMMAND, *arguments, "generate", "To be", "--model", folder]
+        command += ["--max_tokens", "3"]
+        done = subprocess.run(command, capture_output=True, env=environment)
+        kept = {path.name for path in home.rglob("*-cache")}
+        return done.returncode, done.stdout, done.stderr, kept
+
+    code, out, err, kept = start(tmp_path / "cache")
+    assert (code, err) == (0, b"")
+    assert any("decode" in name for name in kept)
+    assert start(tmp_path / "cache") == (0, out, b"", kept)
+    assert start(tmp_path / "none", "--no-compilation-cache") == (0, out, b"", set())
+    (tmp_path / "file").write_text("no folder can be made here")
+    assert start(tmp_path / "file" / "home") == (0, out, b"", set())
+
+
 def test_debug_shows_the_traceback():
     for arguments in (["--debug", "score", "nowhere"], ["score", "nowhere", "--debug"]):
         with pytest.raises(FileNotFoundError):

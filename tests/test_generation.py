@@ -188,6 +188,18 @@ def test_prompts_of_all_lengths_share_their_programs(traced):
     assert set(traced) == {(size, slots) for size in (1, 2, 4, 8) for slots in (8, 16)}
 
 
+def test_no_prompt_compiles_anything_in_the_end(traced):
+    model = random_model(norm_eps=6e-5)
+    generate(model, [TEXT], chunk=8, max_tokens=9)
+    for size in (1, 2, 4):  # the programs for what is left of a chunk
+        generate(model, [TEXT[: 8 + size]], chunk=8, max_tokens=9)
+    n_traced = len(traced)
+    lengths = np.random.default_rng(0).integers(9, 400, 50)
+    for length in lengths:
+        generate(model, [random_tokens(length)], chunk=8, max_tokens=9)
+    assert len(traced) == n_traced <= 8
+
+
 def test_a_long_prompt_needs_no_more(traced, monkeypatch):
     """Through the programs of a short prompt, so in their memory, and in its cache."""
     model = random_model(norm_eps=4e-5, sliding_window=64)
