@@ -766,6 +766,8 @@ def test_ctrl_c_is_quiet(folder, tmp_path):
     # a tokenizer in place of the real one presses Ctrl-C when it is made
     (tmp_path / "sentencepiece.py").write_text(
         "import os, signal\n"
+        # What starts in the background may have been told to ignore it.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def SentencePieceProcessor(**_): os.kill(os.getpid(), signal.SIGINT)\n"
     )
     run = subprocess.run(
