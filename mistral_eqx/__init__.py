@@ -20,6 +20,7 @@ from .generation import (
 )
 from .reading import prefill as prefill
 from .sampling import Sampling as Sampling
+from .sharding import shard as shard
 from .text import (
     Completion as Completion,
     beam_search as beam_search,

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import io
 import json
 import lzma
 import math
@@ -16,9 +17,13 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from .sampling import Sampling
+from .sharding import AXES, connect, make_mesh, parse_mesh, shard, wait_for_all
 from .text import TINY_MISTRAL, load
+from .tokenizer import Tokenizer
+from .transformer import Transformer
 
 
 CORPUS = (
@@ -36,9 +41,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.no_compilation_cache:
         _keep_programs()
     try:
-        options.run(options)
-        sys.stdout.flush()
+        with contextlib.redirect_stdout(_output(options)):
+            options.run(options)
+            sys.stdout.flush()
         return 0
+    except jax.errors.JaxRuntimeError as error:
+        if options.debug or jax.process_count() == 1:
+            raise
+        _complain(f"Process {jax.process_index()} cannot go on without the others: {error}")
+        # The others will not come to say goodbye, which JAX would wait for.
+        os._exit(1)
     except (ValueError, OSError, ImportError) as error:
         if options.debug:
             raise
@@ -69,15 +81,43 @@ def _keep_programs() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
-def _complain(error: Exception) -> None:
+def _output(options: argparse.Namespace) -> io.TextIOBase:
+    """Joins the other processes, if there are to be any. One of them prints."""
+    names = ("coordinator", "num_processes", "process_id")
+    given = {name: getattr(options, name, None) for name in names}
+    n_given = sum(value is not None for value in given.values())
+    if n_given == 0 and not getattr(options, "distributed", False):
+        return sys.stdout
+    if 0 < n_given < 3:
+        raise ValueError("Give --coordinator, --num-processes and --process-id together.")
+    if options.mesh is None:
+        raise ValueError("Several processes share one mesh: give --mesh.")
+    if options.run in (_interactive, _chat):
+        raise ValueError("A conversation is held with one process, not with several.")
+    connect(*given.values())
+    return sys.stdout if jax.process_index() == 0 else open(os.devnull, "w")
+
+
+def _complain(error: Exception | str) -> None:
     # Libraries tell theirs in several lines.
     print("mistral_eqx:", " ".join(str(error).split()), file=sys.stderr)
+
+
+def _load(options: argparse.Namespace) -> tuple[Transformer, Tokenizer]:
+    return load(options.model, mesh=_mesh(options))
+
+
+def _mesh(options: argparse.Namespace) -> Mesh | None:
+    """The mesh that was asked for, in the order of the devices."""
+    if options.mesh is None:
+        return None
+    return make_mesh(parse_mesh(options.mesh))
 
 
 def _demo(options: argparse.Namespace) -> None:
     from .text import generate
 
-    model, tokenizer = load(options.model)
+    model, tokenizer = _load(options)
     prompts = [
         "This is a test",
         "This is another test",
@@ -98,7 +138,7 @@ def _demo(options: argparse.Namespace) -> None:
 def _interactive(options: argparse.Namespace) -> None:
     from .text import stream
 
-    model, tokenizer = load(options.model)
+    model, tokenizer = _load(options)
     sampling = {"max_tokens": options.max_tokens, "temperature": options.temperature}
     for prompt in _ask("Prompt: "):
         with _interruptible():
@@ -124,7 +164,7 @@ def _generate(options: argparse.Namespace) -> None:
     if options.file is not None or options.prompt in (None, "-"):
         prompt = prompt.removesuffix("\n")  # the end of a file is not of the prompt
     sampling = _sampling(options)
-    model, tokenizer = load(options.model)
+    model, tokenizer = _load(options)
     if options.beams is not None:
         (completions,) = beam_search(
             model,
@@ -153,7 +193,7 @@ def _chat(options: argparse.Namespace) -> None:
 
     sampling = _sampling(options)
     system = None if options.system is None else _text(options.system)
-    model, tokenizer = load(options.model)
+    model, tokenizer = _load(options)
     talk = Chat(model, tokenizer, system=system, **sampling)
     if sys.stdin.isatty():
         print("/reset forgets the conversation, Ctrl-C ends an answer, Ctrl-D the chat.")
@@ -180,7 +220,7 @@ def _score(options: argparse.Namespace) -> None:
     for file, text in texts:
         if not text:
             raise ValueError(f"{file} is empty: there is nothing to score.")
-    model, tokenizer = load(options.model)
+    model, tokenizer = _load(options)
     if not options.json:
         print(f"{'tokens':>10} {'logprob':>14} {'perplexity':>12}  text")
     for file, text in texts:
@@ -201,7 +241,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         _, text = split_held_out(text)
     if not text:
         raise ValueError(f"{options.file} is empty.")
-    model, tokenizer = load(options.model)
+    model, tokenizer = _load(options)
     scored = score(model, tokenizer, text)
     nats, size = -math.fsum(scored.logprobs), len(text.encode())
     print(f"tokens          {len(scored.tokens)}")
@@ -273,20 +313,33 @@ def _lengths(text: str | None) -> tuple[int, ...] | None:
         ) from error
 
 
+def _plan(options: argparse.Namespace) -> None:
+    from .inspection import plan
+
+    told = plan(
+        options.folder,
+        parse_mesh(options.mesh),
+        batch=options.batch,
+        context=options.context,
+        dtype=options.dtype,
+    )
+    for name, value in told.items():
+        print(f"{name:<12}{value}")
+
+
 def _train(options: argparse.Namespace) -> None:
-    import jax
     import jax.numpy as jnp
 
     from .checkpoint import read_config
     from .export import save
     from .tokenizer import Tokenizer, check_vocabulary, train_tokenizer
     from .training import fit
-    from .transformer import Transformer
 
     out = Path(options.out)
     if out.exists():
         raise FileExistsError(f"{out} is there already. Move it, or train elsewhere.")
     config = read_config(options.params)
+    mesh = _mesh(options)
     texts = [split_held_out(read_text(file)) for file in options.corpus]
     if options.tokenizer is not None:
         check_vocabulary(Tokenizer(options.tokenizer), config.vocab_size)
@@ -294,12 +347,17 @@ def _train(options: argparse.Namespace) -> None:
     work = out.with_name(out.name + ".training")
     work.mkdir(parents=True, exist_ok=True)
     tokenizer_path, checkpoint = work / "tokenizer.model", work / "checkpoint.eqx"
-    if options.tokenizer is not None:
+    # Of several processes one writes, and all read.
+    writes = jax.process_index() == 0
+    if not writes:
+        pass
+    elif options.tokenizer is not None:
         shutil.copyfile(options.tokenizer, tokenizer_path)
     elif not checkpoint.exists():
         # What an attempt without one has left may be of other texts.
         learnt = "\n".join(text for text, _ in texts)
         train_tokenizer(learnt, tokenizer_path, vocab_size=config.vocab_size)
+    wait_for_all("tokenizer")
     tokenizer = Tokenizer(tokenizer_path)
     check_vocabulary(tokenizer, config.vocab_size)
 
@@ -307,8 +365,9 @@ def _train(options: argparse.Namespace) -> None:
         ids = [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
         return np.concatenate([np.asarray(row, np.int32) for row in ids])
 
+    model = Transformer(config, key=jax.random.key(options.seed))
     model = fit(
-        Transformer(config, key=jax.random.key(options.seed)),
+        model if mesh is None else shard(model, mesh),
         encode([text for text, _ in texts]),
         encode([text for _, text in texts]),
         bos_id=tokenizer.bos_id,
@@ -321,7 +380,8 @@ def _train(options: argparse.Namespace) -> None:
     )
     model = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model)
     save(model, out, tokenizer=tokenizer_path)
-    shutil.rmtree(work)
+    if writes:
+        shutil.rmtree(work)
 
 
 def _train_tokenizer(options: argparse.Namespace) -> None:
@@ -338,6 +398,8 @@ def read_text(path: str | os.PathLike) -> str:
     """The text of a file, which may be compressed with xz, or of standard input if `path`
     is "-". Raises `ValueError` if it is not text, or damaged."""
     if path == "-":
+        if jax.process_count() > 1:
+            raise ValueError("Several processes cannot share a pipe: give a file.")
         return _decode(sys.stdin.buffer.read())
     path = Path(path)
     open_text = lzma.open if path.suffix == ".xz" else open
@@ -469,6 +531,24 @@ def _parser() -> argparse.ArgumentParser:
             help="folder of a model; the embedded one by default",
         )
 
+    def add_mesh(sub):
+        sub.add_argument(
+            "--mesh",
+            metavar="AXIS=N,...",
+            help="spread the model over devices: data=2,model=4, say; the axes are "
+            + ", ".join(AXES),
+        )
+        sub.add_argument(
+            "--distributed",
+            action="store_true",
+            help="one of several processes, which find each other (a TPU slice, Slurm)",
+        )
+        sub.add_argument(
+            "--coordinator", metavar="HOST:PORT", help="where process 0 of several is"
+        )
+        sub.add_argument("--num-processes", type=int, metavar="N", help="how many")
+        sub.add_argument("--process-id", type=int, metavar="I", help="which one, from 0")
+
     def add_corpus(sub):
         sub.add_argument(
             "--corpus",
@@ -531,6 +611,7 @@ def _parser() -> argparse.ArgumentParser:
         )
 
     demo = command("demo", _demo, "continue three prompts", "demo --max_tokens 35")
+    add_mesh(demo)
     add_model(demo)
     add_length(demo, max_tokens=35, temperature=0.0)
 
@@ -540,6 +621,7 @@ def _parser() -> argparse.ArgumentParser:
         "continue the prompts that you type, until Ctrl-D",
         "interactive --max_tokens 100 --temperature 0.7",
     )
+    add_mesh(interactive)
     add_model(interactive)
     add_length(interactive, max_tokens=35, temperature=0.7)
 
@@ -549,6 +631,7 @@ def _parser() -> argparse.ArgumentParser:
         "continue a text, given as an argument, in a file, or piped in",
         'generate "To be, or not" --n 3 --seed 1',
     )
+    add_mesh(generate)
     generate.add_argument("prompt", nargs="?", metavar="PROMPT", help="the text")
     generate.add_argument("--file", metavar="FILE", help="read the text from a file")
     generate.add_argument(
@@ -579,6 +662,7 @@ def _parser() -> argparse.ArgumentParser:
         "talk with a model; its template is that of its tokenizer (needs the extra chat)",
         'chat mistral-7B-Instruct-v0.3 --system "Answer briefly."',
     )
+    add_mesh(chat)
     add_model(chat)
     chat.add_argument("--system", metavar="TEXT", help="what to tell the model first")
     add_sampling(chat, max_tokens=256)
@@ -590,6 +674,7 @@ def _parser() -> argparse.ArgumentParser:
         "log-probabilities, in nats, and the perplexity",
         "score sonnet.txt psalm.txt",
     )
+    add_mesh(score)
     score.add_argument(
         "files", nargs="+", metavar="FILE", help="texts, plain or .xz; - for the piped one"
     )
@@ -606,6 +691,7 @@ def _parser() -> argparse.ArgumentParser:
         "measure how well a model predicts a text",
         "evaluate --held-out mistral_eqx/tiny_mistral/corpus/shakespeare.txt.xz",
     )
+    add_mesh(evaluate)
     evaluate.add_argument("file", metavar="FILE", help="a text, plain or .xz")
     add_model(evaluate)
     evaluate.add_argument(
@@ -680,6 +766,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--json", action="store_true", help="one object, on a terminal too")
 
+    plan = command(
+        "plan",
+        _plan,
+        "say what a model needs of every device, without its weights: a folder with "
+        "params.json or config.json is enough",
+        "plan mistral-7B-v0.3 --mesh model=8 --batch 8 --context 32768",
+    )
+    plan.add_argument("folder", metavar="FOLDER", help="folder of a model")
+    plan.add_argument("--mesh", default="model=1", metavar="AXIS=N,...", help="one device")
+    plan.add_argument("--batch", type=int, default=1, metavar="N", help="rows (1)")
+    plan.add_argument(
+        "--context", type=int, default=4096, metavar="N", help="tokens of each row (4096)"
+    )
+    plan.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float16", "float32"],
+        default="bfloat16",
+        help="of weights and cache (bfloat16)",
+    )
+
     train = command(
         "train",
         _train,
@@ -687,6 +793,7 @@ def _parser() -> argparse.ArgumentParser:
         "again with the same options",
         "train my_mistral --steps 4000",
     )
+    add_mesh(train)
     train.add_argument("out", metavar="OUT", help="folder to make")
     add_corpus(train)
     train.add_argument(

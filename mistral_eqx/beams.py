@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float32, Int32
 from .cache import Cache
 from .generation import Continuation
 from .reading import check_prompts, forward, next_power_of_two, prefill
+from .sharding import fill_rows, shard_cache, to_host
 from .transformer import Transformer
 
 
@@ -126,10 +127,11 @@ def beam_search(
         raise ValueError(
             f'early_stopping must be True, False or "never", got {early_stopping!r}.'
         )
-    cache, logits = prefill(model, prompts, max_tokens=max_tokens, chunk=chunk)
-    state = _start(
-        cache, len(prompts), n_beams=n_beams, length=next_power_of_two(max_tokens)
-    )
+    rows = fill_rows(prompts, model)
+    cache, logits = prefill(model, rows, max_tokens=max_tokens, chunk=chunk)
+    state = _start(cache, len(rows), n_beams=n_beams, length=next_power_of_two(max_tokens))
+    cache = shard_cache(state.cache, model)
+    state = eqx.tree_at(lambda s: s.cache, state, cache)
     options = Options(
         max_tokens=jnp.int32(max_tokens),
         length_penalty=jnp.float32(length_penalty),
@@ -138,7 +140,7 @@ def beam_search(
         eos_ids=jnp.asarray(list(eos_ids) or [-1], jnp.int32),
     )
     found = _search(model, state, logits, options)
-    return _read(found, n_best, frozenset(eos_ids))
+    return _read(found, n_best, frozenset(eos_ids))[: len(prompts)]
 
 
 def _start(cache: Cache, n_prompts: int, *, n_beams: int, length: int) -> SearchState:
@@ -266,7 +268,7 @@ def _take(array: Array, indices: Int32[Array, "batch beams"]) -> Array:
 
 
 def _read(found: Guesses, n_best: int, eos_ids: frozenset[int]) -> list[list[Beam]]:
-    found = jax.tree.map(np.asarray, found)
+    found = to_host(found)
     rows = []
     for tokens, logprobs, scores in zip(found.tokens, found.logprobs, found.scores):
         rows.append([])

@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 from tqdm import tqdm
@@ -33,13 +34,16 @@ from .huggingface import (
     huggingface_name,
     unstack_experts,
 )
+from .sharding import in_stages, shardings as shardings_on
 from .transformer import Transformer
 from .weights import (
     DTYPES,
+    Index,
     StackedTensors,
     StoredTensor,
     open_safetensors,
     open_torch,
+    stack,
 )
 
 
@@ -135,6 +139,7 @@ class Checkpoint:
 
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
+_STAGED = re.compile(r"layers\.blocks\.(\d+)\.(.*)")
 
 
 def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -173,13 +178,24 @@ def weight_name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def stored_names(name: str, config: ModelConfig) -> list[str]:
-    """The names in Mistral's files of what is one array in the model: itself, or those of
-    its slices, since the model stacks the experts of a layer."""
-    if ".experts." not in name:
-        return [name]
-    experts = [f".experts.{expert}." for expert in range(config.moe.num_experts)]
-    return [name.replace(".experts.", expert) for expert in experts]
+def stored_parts(
+    name: str, shape: tuple[int, ...], config: ModelConfig
+) -> dict[str, tuple[int, ...]]:
+    """The names in Mistral's files of what is one array in the model, and the index of each
+    in it: itself, or slices, since the model stacks the experts of a layer, and the layers
+    of stages."""
+    parts = {name: ()}
+    if (staged := _STAGED.match(name)) is not None:
+        first, size = int(staged[1]), config.n_layers // shape[0]
+        numbers = [(stage, first + stage * size) for stage in range(shape[0])]
+        parts = {f"layers.{n}.{staged[2]}": (stage,) for stage, n in numbers}
+    if ".experts." in name:
+        parts = {
+            part.replace(".experts.", f".experts.{expert}."): (*index, expert)
+            for part, index in parts.items()
+            for expert in range(config.moe.num_experts)
+        }
+    return parts
 
 
 def read_config(folder: str | os.PathLike) -> ModelConfig:
@@ -231,6 +247,7 @@ def load_model(
     folder: str | os.PathLike,
     *,
     dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
     shardings: PyTree | None = None,
 ) -> Transformer:
     """Loads a model from a folder in Mistral's own format or in Hugging Face's. If a folder
@@ -244,8 +261,10 @@ def load_model(
     - `dtype`: of the weights. By default they keep the file's, except on a CPU, where
         float32 is both faster and exact and is chosen if the model fits in half of the
         machine's memory that way.
-    - `shardings`: a tree like the model with a `jax.sharding.Sharding` at each array, or
-        one sharding for all. Each device then reads its own part of the files.
+    - `mesh`: to spread the model over as [`shard`][mistral_eqx.shard] does. Each device
+        then reads its own part of the files, in every process.
+    - `shardings`: instead of a mesh, a tree like the model with a `jax.sharding.Sharding`
+        at each array, or one sharding for all.
 
     **Returns:**
 
@@ -257,16 +276,20 @@ def load_model(
     is damaged or does not belong to the other's, or a model that is not implemented. The
     message names the file, the key and what to do.
     """
+    if mesh is not None and shardings is not None:
+        raise ValueError("Give a mesh or shardings, not both.")
     checkpoint = open_checkpoint(folder)
     checkpoint.check()
     config, tensors = checkpoint.config, checkpoint.tensors
     skeleton = eqx.filter_eval_shape(Transformer, config, key=jr.key(0))
+    if mesh is not None:
+        skeleton = in_stages(skeleton, mesh)
+        shardings = shardings_on(skeleton, mesh)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(skeleton)
-    names = [weight_name(path) for path, _ in leaves]
     if shardings is None:
         shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     if isinstance(shardings, jax.sharding.Sharding):
-        shardings = [shardings] * len(names)
+        shardings = [shardings] * len(leaves)
     else:
         shardings = treedef.flatten_up_to(shardings)
     dtype = np.dtype(_default_dtype(checkpoint) if dtype is None else dtype)
@@ -279,13 +302,28 @@ def load_model(
     )
     weights = []
     with bar:
-        for name, sharding in zip(names, shardings):
-            stored = [tensors[part] for part in stored_names(name, config)]
-            tensor = tensors.get(name) or StackedTensors(tuple(stored))
-            read = functools.partial(tensor.array, dtype=dtype)
+        for (path, leaf), sharding in zip(leaves, shardings):
+            parts = stored_parts(weight_name(path), leaf.shape, config)
+            tensor = stack([tensors[part] for part in parts], leaf.shape)
+            read = _read_once(tensor, dtype)
             weights.append(jax.make_array_from_callback(tensor.shape, sharding, read))
             bar.update(tensor.size * dtype.itemsize)
     return jax.tree_util.tree_unflatten(treedef, weights)
+
+
+def _read_once(
+    tensor: StoredTensor | StackedTensors, dtype: np.dtype
+) -> Callable[[Index], np.ndarray]:
+    """Reads the parts of a tensor; what several devices hold, once."""
+    parts = {}
+
+    def read(index):
+        place = tuple((part.start, part.stop) for part in index)
+        if place not in parts:
+            parts[place] = tensor.array(index, dtype)
+        return parts[place]
+
+    return read
 
 
 def _format(folder: Path) -> str:

@@ -19,12 +19,13 @@ from .checkpoint import (
     HUGGINGFACE,
     MISTRAL,
     open_checkpoint,
-    stored_names,
+    stored_parts,
     weight_name,
     weight_shapes,
 )
 from .config import ModelConfig
 from .huggingface import config_to_json, huggingface_name, to_huggingface
+from .sharding import to_host
 from .transformer import Transformer
 from .weights import DTYPES, Index, StoredTensor, write_safetensors
 
@@ -77,9 +78,8 @@ def save(
     for path, leaf in leaves:
         kind = next((k for k, v in DTYPES.items() if v == leaf.dtype), str(leaf.dtype))
         whole = weight_name(path)
-        for i, name in enumerate(stored_names(whole, model.config)):
-            # The stacked weights of a Mixtral's experts are written one by one.
-            first = () if name == whole else (i,)
+        # What the model stacks is written one by one.
+        for name, first in stored_parts(whole, leaf.shape, model.config).items():
             read = functools.partial(_read_array, leaf, first)
             shape = leaf.shape[len(first) :]
             tensors[name] = StoredTensor(Path("the model"), name, kind, shape, read)
@@ -172,6 +172,12 @@ def _write(
         content = config.to_params()
         shards = {"consolidated.safetensors": list(tensors)}
         new_names = {name: name for name in tensors}
+    if jax.process_index() > 0:
+        # Another process writes, and needs what this one's devices hold.
+        for names in shards.values():
+            content = {new_names[name]: tensors[new_names[name]] for name in names}
+            write_safetensors(Path(os.devnull), content, dtype, progress=lambda _: None)
+        return
     for file in companions:
         if not file.is_file():
             raise FileNotFoundError(f"There is no tokenizer at {file}.")
@@ -258,4 +264,4 @@ def _write_json(path: Path, content: Any) -> None:
 
 
 def _read_array(leaf: jax.Array, first: tuple[int, ...], index: Index) -> np.ndarray:
-    return np.asarray(leaf[(*first, *index)])
+    return to_host(leaf[(*first, *index)])

@@ -27,6 +27,7 @@ from .reading import (
     prefill,
 )
 from .sampling import Sampling
+from .sharding import fill_rows, replicate, shard_rows, to_host
 from .transformer import Transformer
 
 
@@ -191,22 +192,32 @@ def stream(
         raise ValueError(f"block must be between 1 and {BLOCK}, got {block}.")
     check_alternatives(alternatives, model.config.vocab_size)
     check_prompts(prompts, model.config.vocab_size)
-    most = max(budgets)
+    most, n_prompts = max(budgets), len(prompts)
+    if prefix is None or prefix.padding.size == 1:
+        # Rows that have ended before they begin fill up the devices.
+        prompts = fill_rows(prompts, model)
+    n_filled = len(prompts) - n_prompts
+    budgets += [0] * n_filled
     follow = prompts if prefix is None else _after(prefix, prompts)
     cache, logits = prefill(model, follow, cache=prefix, max_tokens=most, chunk=chunk)
     seen = np.zeros(logits.shape, bool)
     for row, prompt in zip(seen, prompts):
         row[list(prompt)] = True
+    rows = {
+        "remaining": jnp.asarray(budgets, jnp.int32),
+        "ended": jnp.asarray(budgets) == 0,
+        "seen": jnp.asarray(seen),
+        "keys": _row_keys(key, prompts),
+    }
     state = DecodeState(
         cache,
         logits,
-        remaining=jnp.asarray(budgets, jnp.int32),
-        ended=jnp.asarray(budgets) == 0,
-        seen=jnp.asarray(seen),
-        keys=_row_keys(key, prompts),
+        **shard_rows(rows, model),
         # A copy, since the state is donated and the caller's options are not ours to give.
-        sampling=jax.tree.map(jnp.copy, Sampling() if sampling is None else sampling),
-        eos_ids=jnp.asarray(list(eos_ids) or [-1], jnp.int32),
+        sampling=replicate(
+            jax.tree.map(jnp.copy, Sampling() if sampling is None else sampling), model
+        ),
+        eos_ids=replicate(jnp.asarray(list(eos_ids) or [-1], jnp.int32), model),
         alternatives=alternatives,
     )
     left = list(budgets)
@@ -217,11 +228,12 @@ def stream(
         steps = min(block, most - start)
         if steps > 0:
             if stopped is not None:
-                rows = jnp.asarray(stopped(), bool)
-                state = eqx.tree_at(lambda s: s.ended, state, state.ended | rows)
+                rows = jnp.asarray([*stopped(), *[True] * n_filled], bool)
+                ended = state.ended | shard_rows(rows, model)
+                state = eqx.tree_at(lambda s: s.ended, state, ended)
             state, ahead = decode(model, state, jnp.int32(steps))
         pieces = _read(made, left, min(block, most - start + block))
-        yield pieces
+        yield pieces[:n_prompts]
         if all(n < 0 for n in left) or (stopped is not None and all(stopped())):
             return
         made = ahead
@@ -279,7 +291,7 @@ def _row_keys(key: PRNGKeyArray, prompts: Sequence[Sequence[int]]) -> Key[Array,
 def _read(block: Choice, left: list[int], steps: int) -> list[Continuation]:
     """The first `steps` choices of every row. `left` is how many tokens each row may still
     make: it is counted down here, and is -1 once the row has ended."""
-    block = jax.tree.map(np.asarray, block)
+    block = to_host(block)
     pieces = []
     for row, tokens in enumerate(block.tokens):
         n = int(np.sum(tokens >= 0))
@@ -315,7 +327,7 @@ def _budgets(max_tokens: int | Sequence[int], n_prompts: int) -> list[int]:
 
 def _after(prefix: Cache, prompts: Sequence[Sequence[int]]) -> list[Sequence[int]]:
     """What the prompts have beyond a prefix of them."""
-    held = np.asarray(prefix.length - prefix.padding)
+    held = to_host(prefix.length) - to_host(prefix.padding)
     held = np.broadcast_to(held, len(prompts)) if held.size == 1 else held
     for i, (prompt, n) in enumerate(zip(prompts, held)):
         if len(prompt) <= n:

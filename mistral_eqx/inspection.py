@@ -1,12 +1,31 @@
-"""What a folder holds, told from its config and its headers. No weights are read."""
+"""What a folder holds, and what it needs, told from its config and its headers. No weights
+are read."""
 
 import collections
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
-from .checkpoint import open_checkpoint
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
+
+from .cache import Cache
+from .checkpoint import open_checkpoint, read_config
 from .config import ModelConfig
+from .reading import default_chunk, next_power_of_two
+from .sharding import cache_shardings, in_stages, shardings, stage_cache
 from .tokenizer import check_vocabulary, load_tokenizer
+from .transformer import Transformer
+
+
+GB = 10**9
+# The memories of common accelerators, of which a tenth is left alone.
+_SIZES = (16, 24, 40, 80)
 
 
 # dim, n_layers, head_dim, hidden_dim, n_heads, n_kv_heads, vocab_size, then whether there
@@ -85,6 +104,86 @@ def inspect_folder(folder: str | os.PathLike) -> dict[str, str]:
         f"float32, and {_bytes(cache)} or {_bytes(2 * cache)} for each token in the cache",
         "agreement": agreement,
     }
+
+
+def plan(
+    folder: str | os.PathLike,
+    mesh: Mapping[str, int],
+    *,
+    batch: int = 1,
+    context: int = 4096,
+    dtype: DTypeLike = jnp.bfloat16,
+) -> dict[str, str]:
+    """What every device of a mesh will hold, under a few headings.
+
+    **Arguments:**
+
+    - `folder`: of a model; its config is enough.
+    - `mesh`: its axes and their sizes. No such devices are needed.
+    - `batch`, `context`: how many rows of how many tokens the cache is to hold.
+    - `dtype`: of the weights and the cache.
+
+    **Raises:**
+
+    `FileNotFoundError` or `ValueError` as [`load_model`][mistral_eqx.load_model] and
+    [`shard`][mistral_eqx.shard] do.
+    """
+    for name, number in (("batch", batch), ("context", context)):
+        if number < 1:
+            raise ValueError(f"{name} must be 1 or more, got {number}.")
+    config = read_config(folder)
+    model = eqx.filter_eval_shape(
+        Transformer, config, dtype=jnp.dtype(dtype), key=jax.random.key(0)
+    )
+    devices = AbstractMesh(tuple(mesh.values()), tuple(mesh))
+    model = in_stages(model, devices)
+    places = shardings(model, devices)
+    complete = places.norm.weight.mesh
+    n_groups = math.prod(complete.shape[axis] for axis in ("data", "fsdp"))
+    rows = -(-batch // n_groups) * n_groups
+    chunk = default_chunk(config.smallest_window)
+
+    def make_cache():
+        padding = jnp.zeros(rows, jnp.int32)
+        capacity = next_power_of_two(context)
+        cache = Cache(config, padding, chunk=chunk, max_length=capacity, dtype=dtype)
+        return stage_cache(cache, model)
+
+    cache = eqx.filter_eval_shape(make_cache)
+    weights, weights_here = _held(model, places)
+    cached, cached_here = _held(cache, cache_shardings(cache, complete))
+    # What a chunk of a prompt needs at once, in float32: the scores of a layer and their
+    # softmax, or the insides of its feed-forward network, and the logits.
+    n, rows_here = mesh.get("model", 1), rows // n_groups
+    scores = 2 * config.n_heads * max(cache.slots)
+    inside = 3 * config.hidden_dim
+    at_once = rows_here // math.gcd(rows_here, mesh.get("pipe", 1))
+    work = at_once * chunk * (max(scores, inside) // n) + rows_here * 3 * config.vocab_size
+    work *= jnp.dtype(jnp.float32).itemsize
+    total = weights_here + cached_here + work
+    fits = (f"{size} GB: {'yes' if total <= 0.9 * size * GB else 'no'}" for size in _SIZES)
+    n_devices = math.prod(mesh.values())
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(model))
+    return {
+        "model": f"{variant(config) or 'a Mistral'}: {parameters:,} parameters",
+        "mesh": " x ".join(f"{axis} {size}" for axis, size in mesh.items())
+        + f" = {n_devices} device{'s' if n_devices > 1 else ''}",
+        "weights": f"{_bytes(weights_here)} a device, of {_bytes(weights)} in "
+        f"{jnp.dtype(dtype).name}",
+        "cache": f"{_bytes(cached_here)} a device, of {_bytes(cached)} for {rows} x "
+        f"{context} tokens",
+        "work": f"about {_bytes(work)} a device, while prompts are read",
+        "together": f"{_bytes(total)} a device",
+        "fits": ", ".join(fits) + " (a tenth left free)",
+    }
+
+
+def _held(tree: PyTree, places: PyTree) -> tuple[int, int]:
+    """The bytes of a tree's arrays, and those of a device's part of them."""
+    leaves = list(zip(jax.tree.leaves(tree), jax.tree.leaves(places), strict=True))
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf, _ in leaves)
+    parts = ((math.prod(s.shard_shape(x.shape)), x.dtype.itemsize) for x, s in leaves)
+    return whole, sum(size * itemsize for size, itemsize in parts)
 
 
 def _bytes(n: int) -> str:

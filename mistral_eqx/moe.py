@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 from . import cpu
 from .config import ModelConfig
 from .layers import FeedForward, Linear
+from .sharding import where_experts_are
 
 
 class MixtureOfExperts(eqx.Module):
@@ -103,6 +104,15 @@ def mix_all(
 
 @jax.custom_batching.custom_vmap
 def _dispatch(
+    experts: FeedForward,
+    x: Float[Array, "seq dim"],
+    chosen: Int32[Array, "seq top_k"],
+    weights: Float[Array, "seq top_k"],
+) -> Float[Array, "seq dim"]:
+    return where_experts_are(_dispatch_here, experts, x, chosen, weights)
+
+
+def _dispatch_here(
     experts: FeedForward,
     x: Float[Array, "seq dim"],
     chosen: Int32[Array, "seq top_k"],

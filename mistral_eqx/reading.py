@@ -8,11 +8,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float32, Int32
 from tqdm import tqdm
 
 from . import cpu
 from .cache import Cache, chunk_sizes
+from .sharding import shard_cache, shard_rows, stage_cache, to_host
 from .transformer import Transformer
 
 
@@ -85,30 +87,46 @@ def prefill(
     if cache is None:
         length = _padded_length(longest, chunk)
         padding = np.array([length - len(prompt) for prompt in prompts], np.int32)
-        cache = Cache(
-            model.config,
-            jnp.asarray(padding),
-            chunk=chunk,
-            # A power of two, so that few sizes of ring are ever compiled for.
-            max_length=next_power_of_two(length + max_tokens),
-            dtype=cpu.cache_dtype(model.tok_embeddings.weight),
-        )
+        # A power of two, so that few sizes of ring are ever compiled for.
+        capacity = next_power_of_two(length + max_tokens)
+        cache = make_cache(model, jnp.asarray(padding), chunk=chunk, max_length=capacity)
     else:
         length = longest
-        _check_continuation(
-            cache, prompts, max_tokens, chunk=chunk, windows=model.config.windows
-        )
-        cache = _copy(cache, len(prompts))
+        # The same in every stage, if there are any.
+        windows = model.config.windows[: len(cache.slots)]
+        _check_continuation(cache, prompts, max_tokens, chunk=chunk, windows=windows)
+        cache = shard_cache(_copy(cache, len(prompts)), model)
     tokens = np.zeros((len(prompts), length), np.int32)
     for row, prompt in zip(tokens, prompts):
         row[length - len(prompt) :] = prompt
     start = 0
     written = int(cache.length)
     for size in chunk_sizes(written, length, chunk=chunk, slots=cache.slots):
-        piece = jnp.asarray(tokens[:, start : start + size])
+        piece = shard_rows(jnp.asarray(tokens[:, start : start + size]), model)
         cache, logits = _prefill_chunk(model, cache, piece)
         start += size
     return cache, logits
+
+
+def make_cache(
+    model: Transformer, padding: Int32[Array, "*batch"], *, chunk: int, max_length: int
+) -> Cache:
+    """An empty [`Cache`][mistral_eqx.Cache] for a model, on the devices that it is on."""
+    dtype = cpu.cache_dtype(model.tok_embeddings.weight)
+    return _make_cache(model, padding, chunk, max_length, dtype)
+
+
+# Compiled, so that no device ever holds more than its part.
+@eqx.filter_jit
+def _make_cache(
+    model: Transformer,
+    padding: Int32[Array, "*batch"],
+    chunk: int,
+    max_length: int,
+    dtype: DTypeLike,
+) -> Cache:
+    cache = Cache(model.config, padding, chunk=chunk, max_length=max_length, dtype=dtype)
+    return shard_cache(stage_cache(cache, model), model)
 
 
 @eqx.filter_jit(donate="all-except-first")
@@ -122,12 +140,10 @@ def forward(
     model: Transformer, cache: Cache, tokens: Int32[Array, "batch seq"]
 ) -> tuple[Cache, Float32[Array, "batch vocab"]]:
     """The one place where the model meets a batch: the next logits of every row."""
-
-    def row(tokens, cache):
-        hidden, cache = model.hidden_states(tokens, cache)
-        return cache, model.logits(hidden[-1][-1:])[0]
-
-    return jax.vmap(row, in_axes=(0, cache.axes), out_axes=(cache.axes, 0))(tokens, cache)
+    hidden, cache = model.batch(tokens, cache)
+    logits = jax.vmap(model.logits)(hidden[:, -1:])[:, 0]
+    # A row's logits are gathered here, once, and not at every look at them.
+    return shard_cache(cache, model), shard_rows(logits, model)
 
 
 def score(
@@ -160,12 +176,8 @@ def score(
     chunk = _checked_chunk(chunk, model.config.smallest_window)
     inputs = np.asarray(tokens[:-1], np.int32)
     targets = np.asarray(tokens[1:], np.int32)
-    cache = Cache(
-        model.config,
-        jnp.zeros((), jnp.int32),
-        chunk=chunk,
-        max_length=next_power_of_two(len(inputs)),
-        dtype=cpu.cache_dtype(model.tok_embeddings.weight),
+    cache = make_cache(
+        model, jnp.int32(0), chunk=chunk, max_length=next_power_of_two(len(inputs))
     )
     scored, start = Scored(), 0
     sizes = chunk_sizes(0, len(inputs), chunk=chunk, slots=cache.slots)
@@ -174,7 +186,7 @@ def score(
         cache, *found = _score_chunk(
             model, cache, inputs[piece], targets[piece], alternatives
         )
-        logprobs, top_tokens, top_logprobs = (np.asarray(array) for array in found)
+        logprobs, top_tokens, top_logprobs = to_host(found)
         scored.tokens += targets[piece].tolist()
         scored.logprobs += logprobs.tolist()
         scored.alternatives += alternatives_of(top_tokens, top_logprobs)
@@ -262,7 +274,7 @@ def _check_continuation(
             f"The prompts that follow a cache must be of one length, got {lengths[0]} to "
             f"{lengths[-1]} tokens. Continue it once for each length."
         )
-    if np.any(np.asarray(cache.padding) == ENDED):
+    if np.any(to_host(cache.padding) == ENDED):
         raise ValueError(
             "A row of the cache ended before the others, and pads were written behind it. "
             "It cannot be continued: prefill its tokens again."

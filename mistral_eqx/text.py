@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import overload
 
 import jax.random as jr
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from . import beams, generation, reading
@@ -49,7 +50,10 @@ class Completion(Continuation):
 
 
 def load(
-    folder: str | os.PathLike | None = None, *, dtype: DTypeLike | None = None
+    folder: str | os.PathLike | None = None,
+    *,
+    dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Transformer, Tokenizer]:
     """Loads a model and its tokenizer.
 
@@ -58,7 +62,8 @@ def load(
     - `folder`: in Mistral's own format or in Hugging Face's, with a `tokenizer.model` or
         a `tekken.json`. Without it, the model that comes with this package, which has
         read Shakespeare and the Bible.
-    - `dtype`: of the weights; see [`load_model`][mistral_eqx.load_model].
+    - `dtype`, `mesh`: of the weights, and where they go; see
+        [`load_model`][mistral_eqx.load_model].
 
     **Raises:**
 
@@ -70,7 +75,7 @@ def load(
     config = read_config(folder)
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, config.vocab_size)
-    return load_model(folder, dtype=dtype), tokenizer
+    return load_model(folder, dtype=dtype, mesh=mesh), tokenizer
 
 
 @overload

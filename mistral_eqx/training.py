@@ -5,7 +5,7 @@ import json
 import os
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import equinox as eqx
 import jax
@@ -16,6 +16,7 @@ from jaxtyping import Array, Float32, Int, Integer
 from tqdm import tqdm
 
 from .moe import load_balancing_loss
+from .sharding import n_row_groups, place_like, shard_rows, to_host
 from .transformer import Transformer
 
 
@@ -27,10 +28,11 @@ def loss(
     """
     moe = model.config.moe
     if moe is None or balance == 0:
-        (logits, _), uneven = jax.vmap(model)(tokens[:, :-1]), 0
+        (hidden, _), uneven = model.batch(tokens[:, :-1]), 0
     else:
-        logits, router_logits = jax.vmap(model.with_router_logits)(tokens[:, :-1])
+        hidden, router_logits = model.with_router_logits(tokens[:, :-1])
         uneven = balance * load_balancing_loss(router_logits, moe.num_experts_per_tok)
+    logits = jax.vmap(model.logits)(hidden)
     entropy = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
     return jnp.mean(entropy) + uneven
 
@@ -49,9 +51,13 @@ def make_optimizer(
             schedule,
             b2=0.95,
             weight_decay=weight_decay,
-            mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
+            mask=functools.partial(jax.tree_util.tree_map_with_path, _decays),
         ),
     )
+
+
+def _decays(path: tuple, leaf: Array) -> bool:
+    return "norm" not in jax.tree_util.keystr(path[-2:])
 
 
 class TrainState(eqx.Module):
@@ -146,6 +152,11 @@ def fit(
             raise ValueError(
                 f"{name} has {len(stream)} ids, fewer than one sequence of {seq_len}."
             )
+    if batch_size % n_row_groups(model) != 0:
+        raise ValueError(
+            f"batch_size ({batch_size}) cannot be divided among the {n_row_groups(model)} "
+            "groups of devices along the mesh's data and fsdp: make it a multiple of that."
+        )
     optimizer = make_optimizer(learning_rate=learning_rate, steps=steps, warmup=warmup)
     state = TrainState(model, optimizer.init(model), jnp.zeros((), jnp.int32))
     run = {
@@ -176,7 +187,8 @@ def fit(
                 seed=seed,
                 step=step,
             )
-            state, value = train_step(state, jnp.asarray(batch), optimizer)
+            batch = shard_rows(jnp.asarray(batch), state.model)
+            state, value = train_step(state, batch, optimizer)
             done = step + 1
             if done % 10 == 0:
                 shown["loss"] = f"{float(value):.3f}"
@@ -191,10 +203,17 @@ def fit(
 
 def _write_checkpoint(path: Path, state: TrainState, run: dict[str, Any]) -> None:
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
+    # Every process has a part of the numbers, and one of them writes.
+    writes = jax.process_index() == 0
+    with open(partial if writes else os.devnull, "wb") as file:
         file.write(json.dumps(run).encode() + b"\n")
-        eqx.tree_serialise_leaves(file, state)
-    partial.replace(path)
+        eqx.tree_serialise_leaves(file, state, filter_spec=_write_leaf)
+    if writes:
+        partial.replace(path)
+
+
+def _write_leaf(file: BinaryIO, leaf: Array) -> None:
+    jnp.save(file, to_host(leaf))
 
 
 def _read_checkpoint(path: Path, like: TrainState, run: dict[str, Any]) -> TrainState:
@@ -212,4 +231,4 @@ def _read_checkpoint(path: Path, like: TrainState, run: dict[str, Any]) -> Train
             f"{path} is a checkpoint of another run: {', '.join(changed)} changed. "
             "Go on as that run began, or move it away to start anew."
         )
-    return state
+    return place_like(state, like)

@@ -1,10 +1,11 @@
 """The model: an embedding, a stack of blocks, a norm, and a logit for every token id."""
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, Int, Int32, PRNGKeyArray
+from jaxtyping import Array, Float, Float32, Int, Int32, PRNGKeyArray, PyTree
 
 from .attention import Attention
 from .cache import Cache, LayerCache
@@ -12,6 +13,7 @@ from .config import ModelConfig
 from .layers import Embedding, FeedForward, Linear, RMSNorm, project
 from .moe import MixtureOfExperts
 from .rope import rotation
+from .sharding import Stages
 
 
 class TransformerBlock(eqx.Module):
@@ -91,7 +93,7 @@ class Transformer(eqx.Module):
     """
 
     tok_embeddings: Embedding
-    layers: tuple[TransformerBlock, ...]
+    layers: tuple[TransformerBlock, ...] | Stages
     norm: RMSNorm
     output: Linear | None
     config: ModelConfig = eqx.field(static=True)
@@ -149,48 +151,82 @@ class Transformer(eqx.Module):
         self, tokens: Int[Array, "seq"], cache: Cache | None = None
     ) -> tuple[tuple[Float[Array, "seq dim"], ...], Cache | None]:
         """The residual stream: `n_layers + 1` arrays, of which the first is the embedding
-        and each other the output of a block. Arguments are those of `__call__`."""
-        hidden, _, cache = self._run(tokens, cache)
-        return hidden, cache
+        and each other the output of a block. Arguments are those of `__call__`. What stages
+        hand on stays with them: of a model in stages, the first and the last array."""
+        length, positions, angles = self._places(tokens, cache)
+        x = self.tok_embeddings(tokens)
+        if isinstance(self.layers, Stages):
+            one = lambda tree: jax.tree.map(lambda a: a[None], tree)
+            rows = None if cache is None else one(cache.layers)
+            out, rows, _ = self.layers(*one((x, positions, angles)), rows, length)
+            return (x, out[0]), _after(cache, jax.tree.map(lambda a: a[0], rows), tokens)
+        hidden, layer_caches = [x], []
+        for i, block in enumerate(self.layers):
+            layer_cache = None if cache is None else cache.layers[i]
+            x, layer_cache = block(x, positions, angles, layer_cache, length)
+            hidden.append(x)
+            layer_caches.append(layer_cache)
+        return tuple(hidden), _after(cache, tuple(layer_caches), tokens)
+
+    def batch(
+        self, tokens: Int[Array, "batch seq"], cache: Cache | None = None
+    ) -> tuple[Float[Array, "batch seq dim"], Cache | None]:
+        """The last of the `hidden_states` of every row, and the cache of all. The stages of
+        a model that has them work on different rows at the same time."""
+        axes = None if cache is None else cache.axes
+        if isinstance(self.layers, Stages):
+            places = jax.vmap(self._places, (0, axes), (None, 0, 0))
+            length, positions, angles = places(tokens, cache)
+            x = jax.vmap(self.tok_embeddings)(tokens)
+            rows = None if cache is None else cache.layers
+            x, rows, _ = self.layers(x, positions, angles, rows, length)
+            return x, _after(cache, rows, tokens)
+
+        def row(tokens, cache):
+            hidden, cache = self.hidden_states(tokens, cache)
+            return hidden[-1], cache
+
+        return jax.vmap(row, (0, axes), (0, axes))(tokens, cache)
 
     def with_router_logits(
-        self, tokens: Int[Array, "seq"]
-    ) -> tuple[Float32[Array, "seq vocab"], Float[Array, "layers seq experts"]]:
-        """For training a Mixtral: the logits of the token that follows each, and of each
-        token's experts in every layer."""
-        hidden, middle, _ = self._run(tokens, None)
-        router_logits = [block.router_logits(x) for block, x in zip(self.layers, middle)]
-        return self.logits(hidden[-1]), jnp.stack(router_logits)
+        self, tokens: Int[Array, "batch seq"]
+    ) -> tuple[Float[Array, "batch seq dim"], Float[Array, "batch layers seq experts"]]:
+        """For training a Mixtral: what `batch` returns for whole sequences, and the logits
+        of each token's experts in every layer."""
+        length, positions, angles = self._places(tokens[0], None)
 
-    def _run(
+        def row(tokens):
+            x, router_logits = self.tok_embeddings(tokens), []
+            for block in self.layers:
+                x, _ = block.attend(x, positions, angles, None, length)
+                router_logits.append(block.router_logits(x))
+                x = block.feed(x)
+            return x, jnp.stack(router_logits)
+
+        if not isinstance(self.layers, Stages):
+            return jax.vmap(row)(tokens)
+        repeat = lambda a: jnp.broadcast_to(a[None], (tokens.shape[0], *a.shape))
+        positions, angles = jax.tree.map(repeat, (positions, angles))
+        x = jax.vmap(self.tok_embeddings)(tokens)
+        x, _, router_logits = self.layers(
+            x, positions, angles, None, length, n_experts=self.config.moe.num_experts
+        )
+        return x, router_logits
+
+    def _places(
         self, tokens: Int[Array, "seq"], cache: Cache | None
     ) -> tuple[
-        tuple[Float[Array, "seq dim"], ...],
-        tuple[Float[Array, "seq dim"], ...],
-        Cache | None,
+        Int32[Array, ""],
+        Int32[Array, "seq"],
+        tuple[Float32[Array, "seq half"], Float32[Array, "seq half"]],
     ]:
-        """The residual stream before each block and at the end, and amid each block."""
+        """How many tokens came before, and the positions of these and their angles."""
         length = jnp.int32(0) if cache is None else cache.length
         padding = jnp.int32(0) if cache is None else cache.padding
         positions = length - padding + jnp.arange(tokens.shape[0], dtype=jnp.int32)
         config = self.config
         angles = rotation(positions, config.head_dim, config.rope_theta, config.yarn)
-        x = self.tok_embeddings(tokens)
-        hidden, middle, layer_caches = [x], [], []
-        for i, block in enumerate(self.layers):
-            layer_cache = None if cache is None else cache.layers[i]
-            x, layer_cache = block.attend(x, positions, angles, layer_cache, length)
-            middle.append(x)
-            x = block.feed(x)
-            hidden.append(x)
-            layer_caches.append(layer_cache)
-        if cache is not None:
-            cache = eqx.tree_at(
-                lambda c: (c.layers, c.length),
-                cache,
-                (tuple(layer_caches), length + tokens.shape[0]),
-            )
-        return tuple(hidden), tuple(middle), cache
+        return length, positions, angles
 
     def logits(self, hidden: Float[Array, "seq dim"]) -> Float32[Array, "seq vocab"]:
         """The logits of the token that follows each: `hidden` is the last of
@@ -201,3 +237,13 @@ class Transformer(eqx.Module):
         else:
             logits = self.output(hidden)
         return logits.astype(jnp.float32)
+
+
+def _after(
+    cache: Cache | None, layers: PyTree[Array], tokens: Int[Array, "*batch seq"]
+) -> Cache | None:
+    """The cache with `tokens` in its layers."""
+    if cache is None:
+        return None
+    length = cache.length + tokens.shape[-1]
+    return eqx.tree_at(lambda c: (c.layers, c.length), cache, (layers, length))

@@ -9,7 +9,7 @@ import functools
 import json
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -79,9 +79,9 @@ class StoredTensor:
 
 @dataclasses.dataclass(frozen=True)
 class StackedTensors:
-    """Several [`StoredTensor`][]s of one shape, as one with an axis before theirs."""
+    """Several tensors of one shape, as one with an axis before theirs."""
 
-    tensors: tuple[StoredTensor, ...]
+    tensors: tuple["StoredTensor | StackedTensors", ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -93,12 +93,25 @@ class StackedTensors:
 
     def array(self, index: Index, dtype: np.dtype) -> np.ndarray:
         """Reads the part at `index` as numbers of another type."""
-        tensors = self.tensors[index[0]]
-        shape = [len(range(n)[part]) for n, part in zip(self.shape, index)]
-        out = _aligned(shape, dtype)
-        for place, tensor in zip(out, tensors):
-            tensor.fill(place, index[1:])
+        out = _aligned([len(range(n)[part]) for n, part in zip(self.shape, index)], dtype)
+        self.fill(out, index)
         return out
+
+    def fill(self, out: np.ndarray, index: Index) -> None:
+        """Reads the part at `index` into an array of its shape."""
+        for place, tensor in zip(out, self.tensors[index[0]]):
+            tensor.fill(place, index[1:])
+
+
+def stack(
+    tensors: Sequence[StoredTensor], shape: tuple[int, ...]
+) -> StoredTensor | StackedTensors:
+    """The tensors, in the order of its axes before theirs, as one of this shape."""
+    if len(shape) == len(tensors[0].shape):
+        return tensors[0]
+    size = len(tensors) // shape[0]
+    parts = (tensors[i * size : (i + 1) * size] for i in range(shape[0]))
+    return StackedTensors(tuple(stack(part, shape[1:]) for part in parts))
 
 
 def open_safetensors(path: Path) -> dict[str, StoredTensor]:
