@@ -27,6 +27,9 @@ def _product_of_batch(size, batched, x, weight):
 
 @batched_as(_product_of_batch, derivative=_product)
 def _project(x, weight):
+    if not jax.typeof(weight).sharding.mesh.empty:
+        # On many devices, whose parts the ways of a CPU would cut across.
+        return _product(x, weight)
     rows = x.reshape(-1, x.shape[-1])
     out = jax.lax.platform_dependent(rows, weight, cpu=cpu.project, default=_product)
     return out.reshape(*x.shape[:-1], -1)
