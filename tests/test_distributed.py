@@ -147,8 +147,7 @@ def test_one_process_writes_what_all_have_trained(tmp_path, start):
     tokens = jnp.asarray(np.reshape(random_tokens(4 * 17, 300), (4, 17)))
     start = mx.Transformer(one.config, key=jax.random.key(0))
     before, expected, found = (float(loss(m, tokens)) for m in (start, one, two))
-    assert found == pytest.approx(expected, rel=1e-3)
-    assert found != pytest.approx(before, rel=1e-2)
+    assert abs(found - expected) < 0.1 * abs(expected - before)
 
 
 @pytest.mark.parametrize(
