@@ -205,7 +205,7 @@ def stream(
         row[list(prompt)] = True
     rows = {
         "remaining": jnp.asarray(budgets, jnp.int32),
-        "ended": jnp.asarray(budgets) == 0,
+        "ended": jnp.asarray(np.asarray(budgets) == 0),
         "seen": jnp.asarray(seen),
         "keys": _row_keys(key, prompts),
     }

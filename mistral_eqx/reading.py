@@ -113,7 +113,7 @@ def make_cache(
 ) -> Cache:
     """An empty [`Cache`][mistral_eqx.Cache] for a model, on the devices that it is on."""
     dtype = cpu.cache_dtype(model.tok_embeddings.weight)
-    return _make_cache(model, padding, chunk, max_length, dtype)
+    return shard_cache(_make_cache(model, padding, chunk, max_length, dtype), model)
 
 
 # Compiled, so that no device ever holds more than its part.

@@ -326,7 +326,7 @@ def shard_rows(tree: PyTree[Array], model: eqx.Module) -> PyTree[Array]:
     rows cannot be divided, every device has all of them."""
     mesh = mesh_of(model)
     if mesh is None:
-        return tree
+        return _beside(tree, model)
     return jax.tree.map(
         lambda x: eqx.filter_shard(x, NamedSharding(mesh, _rows(x.shape[0], mesh))), tree
     )
@@ -335,7 +335,18 @@ def shard_rows(tree: PyTree[Array], model: eqx.Module) -> PyTree[Array]:
 def replicate(tree: PyTree[Array], model: eqx.Module) -> PyTree[Array]:
     """Gives arrays whole to every device that the model is on."""
     mesh = mesh_of(model)
-    return tree if mesh is None else eqx.filter_shard(tree, NamedSharding(mesh, _WHOLE))
+    if mesh is None:
+        return _beside(tree, model)
+    return eqx.filter_shard(tree, NamedSharding(mesh, _WHOLE))
+
+
+def _beside(tree: PyTree[Array], model: eqx.Module) -> PyTree[Array]:
+    """Puts arrays on the one device that a model was put on. What a program makes of the
+    model is there; given anything else at first, it would be compiled for both."""
+    weight = model.norm.weight
+    if isinstance(weight, jax.core.Tracer) or not weight.committed:
+        return tree
+    return jax.device_put(tree, weight.sharding) if len(weight.devices()) == 1 else tree
 
 
 def place_like(tree: PyTree[Array], like: PyTree[Array]) -> PyTree[Array]:
@@ -350,7 +361,9 @@ def place_like(tree: PyTree[Array], like: PyTree[Array]) -> PyTree[Array]:
 def shard_cache(cache: Cache, model: eqx.Module) -> Cache:
     """Spreads a cache as the model needs it: rows, and kv heads."""
     mesh = mesh_of(model)
-    return cache if mesh is None else eqx.filter_shard(cache, cache_shardings(cache, mesh))
+    if mesh is None:
+        return _beside(cache, model)
+    return eqx.filter_shard(cache, cache_shardings(cache, mesh))
 
 
 def cache_shardings(cache: Cache, mesh: Mesh | AbstractMesh) -> PyTree[NamedSharding]:

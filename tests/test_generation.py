@@ -200,6 +200,19 @@ def test_no_prompt_compiles_anything_in_the_end(traced):
     assert len(traced) == n_traced <= 8
 
 
+def test_a_program_is_compiled_once(caplog):
+    """For a model that was put on a device too, as a loaded one is: what a program makes is
+    then no more on that device than what it was first given."""
+    model = jax.device_put(random_model(norm_eps=7e-5), jax.devices()[0])
+    with jax.log_compiles():
+        stream(model, [TEXT[:20]], block=3, chunk=8)
+        score(model, TEXT[:25], chunk=8)
+    messages = [record.getMessage() for record in caplog.records]
+    for name, n in ("decode", 1), ("_prefill_chunk", 2), ("_score_chunk", 1):
+        compiled = [text for text in messages if f"XLA compilation of jit({name})" in text]
+        assert len(compiled) == n, compiled
+
+
 def test_a_long_prompt_needs_no_more(traced, monkeypatch):
     """Through the programs of a short prompt, so in their memory, and in its cache."""
     model = random_model(norm_eps=4e-5, sliding_window=64)
