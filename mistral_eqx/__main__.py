@@ -271,8 +271,6 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    import jax
-
     from .bench import SHAPES, bench, check_options, random_model, table
     from .checkpoint import load_model
 
@@ -281,12 +279,14 @@ def _bench(options: argparse.Namespace) -> None:
     numbers = {name: getattr(options, name) for name in ("batch", "prompt", "tokens")}
     numbers |= {"repeats": options.repeats, "contexts": _lengths(options.contexts)}
     check_options(**numbers)
+    mesh = _mesh(options)
     jax.devices()  # starts the platform, which is not a part of loading
     start = time.perf_counter()
     if options.shape is not None:
         model = random_model(SHAPES[options.shape], dtype=options.dtype)
+        model = model if mesh is None else shard(model, mesh)
     else:
-        model = load_model(options.model or TINY_MISTRAL, dtype=options.dtype)
+        model = load_model(options.model or TINY_MISTRAL, dtype=options.dtype, mesh=mesh)
     jax.block_until_ready(model)
     source = "load" if options.shape is None else "random weights"
     report = {
@@ -743,6 +743,7 @@ def _parser() -> argparse.ArgumentParser:
         "bench --shape 1b --dtype bfloat16 --batch 8",
     )
     add_model(bench)
+    add_mesh(bench)
     add = bench.add_argument
     add(
         "--shape",

@@ -24,8 +24,9 @@ from .cache import Cache
 from .checkpoint import weight_shapes
 from .config import ModelConfig
 from .generation import BLOCK, DecodeState, decode
-from .reading import default_chunk, next_power_of_two, prefill
+from .reading import default_chunk, make_cache, next_power_of_two, prefill
 from .sampling import Sampling
+from .sharding import replicate, shard_rows
 from .transformer import Transformer
 
 
@@ -178,7 +179,8 @@ def bench(
     repeats: int = 5,
     contexts: tuple[int, ...] | None = None,
 ) -> dict[str, Any]:
-    """Measures a model on the device where it is.
+    """Measures a model on the device, or the devices, where it is. Their read bandwidths
+    are added up, which devices that share a memory do not deserve.
 
     **Arguments:**
 
@@ -222,7 +224,8 @@ def bench(
             steps[length] = _time_at(model, batch, length, repeats)
             bar.update()
     reading, choosing, writing = (np.array(column) for column in zip(*runs))
-    bandwidth = max(bandwidths)
+    n_devices = len(model.norm.weight.devices())
+    bandwidth = n_devices * max(bandwidths)
     context = prompt + (tokens + 1) // 2
     size = decode_bytes(config, batch=batch, context=context, itemsize=itemsize)
     flops = batch * prefill_flops(config, tokens=prompt)
@@ -231,6 +234,7 @@ def bench(
     return {
         "device": jax.devices()[0].device_kind,
         "platform": jax.default_backend(),
+        "devices": n_devices,
         "cores": _cores(),
         "jax": jax.__version__,
         "dtype": str(np.dtype(model.dtype)),
@@ -279,7 +283,11 @@ def table(report: dict[str, Any]) -> str:
     """A report for people."""
     memory, compiling = report["memory"], report["compile"]
     rows = [
-        ("device", f"{report['device']} ({report['platform']}), {report['cores']} cores"),
+        (
+            "device",
+            f"{report['devices']} x {report['device']} ({report['platform']}), "
+            f"{report['cores']} cores",
+        ),
         ("weights", f"{report['parameters']:,} in {report['dtype']}"),
         ("run", f"{report['batch']} x ({report['prompt']} + {report['tokens']} tokens)"),
     ]
@@ -318,7 +326,7 @@ def _run(
     cache, logits = jax.block_until_ready(prefill(model, prompts, max_tokens=tokens))
     read = time.perf_counter()
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(cache.layers))
-    state, choice = decode(model, _state(cache, logits, tokens), jnp.int32(1))
+    state, choice = decode(model, _state(model, cache, logits, tokens), jnp.int32(1))
     jax.block_until_ready(choice)
     chosen = time.perf_counter()
     _decode(model, state, tokens - 1)
@@ -335,19 +343,19 @@ def _decode(model: Transformer, state: DecodeState, steps: int) -> DecodeState:
 def _time_at(model: Transformer, batch: int, length: int, repeats: int) -> dict[str, float]:
     """The seconds of a decode step behind `length` tokens. The cache claims to hold them
     without having read any: no time depends on what they are."""
-    cache = Cache(
-        model.config,
+    cache = make_cache(
+        model,
         jnp.zeros(batch, jnp.int32),
         chunk=default_chunk(model.config.smallest_window),
         max_length=next_power_of_two(length),
-        dtype=model.dtype,
     )
     # The steps that are timed end at this length.
     steps = min(CONTEXT_STEPS, max(1, length // (repeats + 1)))
     begin = max(0, length - (repeats + 1) * steps)
-    cache = eqx.tree_at(lambda c: c.length, cache, jnp.int32(begin))
+    cache = eqx.tree_at(lambda c: c.length, cache, replicate(jnp.int32(begin), model))
     logits = jnp.zeros((batch, model.config.vocab_size), jnp.float32)
-    state = _decode(model, _state(cache, logits, (repeats + 1) * steps), steps)
+    logits = shard_rows(logits, model)
+    state = _decode(model, _state(model, cache, logits, (repeats + 1) * steps), steps)
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -356,18 +364,16 @@ def _time_at(model: Transformer, batch: int, length: int, repeats: int) -> dict[
     return _spread(np.array(seconds))
 
 
-def _state(cache: Cache, logits: jax.Array, tokens: int) -> DecodeState:
+def _state(model: Transformer, cache: Cache, logits: jax.Array, tokens: int) -> DecodeState:
     batch, vocab = logits.shape
-    return DecodeState(
-        cache,
-        logits,
-        remaining=jnp.full(batch, tokens + 1, jnp.int32),
-        ended=jnp.zeros(batch, bool),
-        keys=jr.split(jr.key(0), batch),
-        sampling=Sampling(),
-        eos_ids=jnp.full(1, -1, jnp.int32),
-        seen=jnp.zeros((batch, vocab), bool),
-    )
+    rows = {
+        "remaining": jnp.full(batch, tokens + 1, jnp.int32),
+        "ended": jnp.zeros(batch, bool),
+        "keys": jr.split(jr.key(0), batch),
+        "seen": jnp.zeros((batch, vocab), bool),
+    }
+    shared = {"sampling": Sampling(), "eos_ids": jnp.full(1, -1, jnp.int32)}
+    return DecodeState(cache, logits, **shard_rows(rows, model), **replicate(shared, model))
 
 
 def _contexts(

@@ -55,7 +55,7 @@ def test_the_embedded_model(capsys):
     assert (told["batch"], told["prompt"], told["tokens"]) == (1, 16, 4)
     assert told["parameters"] == 5278976
     assert told["memory"]["weights"] == 4 * told["parameters"]
-    assert told["memory"]["cache"] == 2 * 6 * 2 * 32 * 4 * 64  # one chunk of 64 tokens
+    assert told["memory"]["cache"] == 2 * 6 * 2 * 32 * 4 * 128  # a chunk of 128 tokens
     assert told["memory"]["peak"] > told["memory"]["weights"] + told["memory"]["cache"]
     assert told["load"] > 0 and min(told["compile"].values()) >= 0
     assert [row["length"] for row in told["contexts"]] == [9, 70]
@@ -74,6 +74,12 @@ def test_the_embedded_model(capsys):
     assert told["prefill_flops_per_second"]["median"] == pytest.approx(rate)
 
 
+def test_a_model_on_many_devices(capsys):
+    told = report(capsys, "--mesh", "data=2,model=2", "--batch", "2")
+    assert (told["devices"], told["batch"]) == (4, 2)
+    assert told["decode_tokens_per_second"]["median"] > 0
+
+
 def test_a_folder_in_another_dtype_and_a_table_on_a_terminal(saved, capsys, monkeypatch):
     arguments = [str(saved), "--dtype", "bfloat16", "--contexts"]
     told = report(capsys, *arguments, "none", "--batch", "3", "--json")
@@ -83,8 +89,8 @@ def test_a_folder_in_another_dtype_and_a_table_on_a_terminal(saved, capsys, monk
     assert told["prefill_flops"] == 3 * bench.prefill_flops(c, tokens=16)
     size = bench.decode_bytes(c, batch=3, context=16 + 2, itemsize=2)
     assert told["bytes_per_token"] == pytest.approx(size / 3)
-    # A ring of 16 slots: a window of 8 and a chunk of as many.
-    assert told["memory"]["cache"] == 3 * 2 * 2 * (2 * 6) * 16 * 2
+    # A ring of one chunk of 128 tokens, in float32 on a CPU.
+    assert told["memory"]["cache"] == 3 * 2 * 2 * (2 * 6) * 128 * 4
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     assert main(["bench", *QUICK, *arguments, "9,8", "--tokens", "1"]) == 0
     out, _ = capsys.readouterr()

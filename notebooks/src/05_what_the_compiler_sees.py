@@ -67,7 +67,8 @@ print(jax.make_jaxpr(lambda x: package.norm(x))(x).pretty_print(use_color=False)
 # %% [markdown]
 # That is RMSNorm as the compiler sees it: arrays with their shapes, operations, and no
 # class. Of a whole model there would be no loop over layers either, for Python has run
-# through it while tracing: a model with twice the layers is twice the program.
+# through it while tracing: a model with twice the layers is twice the program. (The
+# package traces the block once and calls it for each layer; each call is compiled.)
 # `jax.lax.scan` instead traces **one** block and says "do this for each of these
 # weights", stacked along a new axis.
 
