@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -47,6 +48,8 @@ def terminal(*arguments):
         encoding="utf-8",
         timeout=120,
         echo=False,
+        # What is started in the background may have been told to ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
