@@ -41,6 +41,7 @@ def project(
 def converted_row(
     x: Float[Array, "1 in"], weight: Float[Array, "out in"]
 ) -> Float32[Array, "1 out"]:
+    """The same for one row of any dtype, in one loop over the matrix where it lies."""
     # Zeros that XLA cannot know to be. What is divided is written out, and not computed
     # again for every output; what is multiplied keeps later additions out of the loop.
     x = x.astype(jnp.float32)
