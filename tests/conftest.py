@@ -21,6 +21,14 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_program_outlives_its_file():
+    """Each holds pieces of the memory map, of which a process may have some 65,000. All
+    programs of all tests have more, and XLA crashes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def unchecked():
     """What a user sees, who has no type checker on."""
