@@ -170,7 +170,7 @@ def test_embedded_model_reads_a_long_prompt():
     model, tokenizer = mx.load()
     tokens = random_tokens(8000, vocab_size=2048)
     cache, logits = prefill(model, [tokens], max_tokens=8)
-    assert cache.slots == (128,) * model.config.n_layers
+    assert cache.slots == (256,) * model.config.n_layers
     assert np.isfinite(logits).all()
     long = tokenizer.decode(tokens[3:]) + " And God said"
     assert len(tokenizer.encode(long)) > 7000
