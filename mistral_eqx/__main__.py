@@ -349,11 +349,9 @@ def _train(options: argparse.Namespace) -> None:
     tokenizer_path, checkpoint = work / "tokenizer.model", work / "checkpoint.eqx"
     # Of several processes one writes, and all read.
     writes = jax.process_index() == 0
-    if not writes:
-        pass
-    elif options.tokenizer is not None:
+    if writes and options.tokenizer is not None:
         shutil.copyfile(options.tokenizer, tokenizer_path)
-    elif not checkpoint.exists():
+    elif writes and not checkpoint.exists():
         # What an attempt without one has left may be of other texts.
         learnt = "\n".join(text for text, _ in texts)
         train_tokenizer(learnt, tokenizer_path, vocab_size=config.vocab_size)

@@ -6,16 +6,15 @@ import jax
 from jax.custom_batching import custom_vmap
 
 
-def batched_as(
-    rule: Callable, *, derivative: Callable | None = None
-) -> Callable[[Callable], Callable]:
+def batched_as(rule: Callable, *, derivative: Callable) -> Callable[[Callable], Callable]:
     """Decorates a function whose batch is not to be computed as its rows are.
 
     **Arguments:**
 
     - `rule`: takes the size of the batch, for each argument whether it has a leading axis
         of that size, and the arguments. Returns the results, and whether they have it.
-    - `derivative`: what to differentiate in place of the function, if that has none.
+    - `derivative`: the same function, in a form to differentiate. It takes the place of
+        the other where that is asked for.
 
     **Returns:**
 
@@ -33,8 +32,7 @@ def batched_as(
 
         @outer.defjvp
         def tangent(primals, tangents):
-            _, out = jax.jvp(derivative or function, primals, tangents)
-            return outer(*primals), out
+            return jax.jvp(derivative, primals, tangents)
 
         return outer
 

@@ -20,6 +20,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
+from . import cpu
 from .cache import Cache
 from .checkpoint import weight_shapes
 from .config import ModelConfig
@@ -89,8 +90,7 @@ def random_model(config: ModelConfig, *, dtype: DTypeLike | None = None) -> Tran
     numbers = sum(math.prod(shape) for shape in weight_shapes(config).values())
     memory = _memory()
     if dtype is None:
-        on_cpu = jax.default_backend() == "cpu"
-        dtype = jnp.float32 if on_cpu and 4 * numbers <= memory / 2 else jnp.bfloat16
+        dtype = cpu.weights_dtype(numbers, jnp.bfloat16, memory)
     size = numbers * np.dtype(dtype).itemsize
     if size > memory:
         raise ValueError(
@@ -405,7 +405,7 @@ def _cores() -> int:
 def _memory() -> int:
     """Of the device, in bytes."""
     if jax.default_backend() == "cpu":
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return cpu.machine_memory()
     return jax.devices()[0].memory_stats()["bytes_limit"]
 
 

@@ -19,7 +19,6 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jax.sharding import Mesh
@@ -27,6 +26,7 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 from tqdm import tqdm
 
+from . import cpu
 from .config import ModelConfig
 from .huggingface import (
     config_from_json,
@@ -259,8 +259,8 @@ def load_model(
         `consolidated.00.pth`, ...), or `config.json` and `model.safetensors` (or several
         with an index, or `pytorch_model.bin`).
     - `dtype`: of the weights. By default they keep the file's, except on a CPU, where
-        float32 is both faster and exact and is chosen if the model fits in half of the
-        machine's memory that way.
+        float32 is exact and is chosen if the model fits in half of the machine's memory
+        that way; bfloat16 is up to twice as fast.
     - `mesh`: to spread the model over as [`shard`][mistral_eqx.shard] does. Each device
         then reads its own part of the files, in every process.
     - `shardings`: instead of a mesh, a tree like the model with a `jax.sharding.Sharding`
@@ -430,8 +430,5 @@ def _read_index(path: Path) -> tuple[tuple[Path, ...], Mapping[str, str]]:
 
 
 def _default_dtype(checkpoint: Checkpoint) -> DTypeLike:
-    if jax.default_backend() != "cpu":
-        return checkpoint.dtype
-    size = sum(4 * tensor.size for tensor in checkpoint.tensors.values())
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return jnp.float32 if size <= memory / 2 else checkpoint.dtype
+    n_weights = sum(tensor.size for tensor in checkpoint.tensors.values())
+    return cpu.weights_dtype(n_weights, checkpoint.dtype, cpu.machine_memory())

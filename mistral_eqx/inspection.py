@@ -18,7 +18,7 @@ from .cache import Cache
 from .checkpoint import open_checkpoint, read_config
 from .config import ModelConfig
 from .reading import default_chunk, next_power_of_two
-from .sharding import cache_shardings, in_stages, shardings, stage_cache
+from .sharding import cache_shardings, in_stages, row_groups, shardings, stage_cache
 from .tokenizer import check_vocabulary, load_tokenizer
 from .transformer import Transformer
 
@@ -139,7 +139,7 @@ def plan(
     model = in_stages(model, devices)
     places = shardings(model, devices)
     complete = places.norm.weight.mesh
-    n_groups = math.prod(complete.shape[axis] for axis in ("data", "fsdp"))
+    n_groups = row_groups(complete)
     rows = -(-batch // n_groups) * n_groups
     chunk = default_chunk(config.smallest_window)
 

@@ -7,14 +7,16 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
 from . import cpu
 from .batching import batched_as
 
 
-def _product(x, weight):
-    # Sums are float32 whatever the weights are.
+def product(
+    x: Float[Array, "*seq in"], weight: Float[Array, "out in"]
+) -> Float32[Array, "*seq out"]:
+    """The plain product with a weight matrix, in float32 sums whatever the weights are."""
     return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=jnp.float32)
 
 
@@ -22,16 +24,16 @@ def _product_of_batch(size, batched, x, weight):
     if batched == [True, False]:
         return _project(x, weight), True
     axes = tuple(0 if is_batched else None for is_batched in batched)
-    return jax.vmap(_product, axes)(x, weight), True
+    return jax.vmap(product, axes)(x, weight), True
 
 
-@batched_as(_product_of_batch, derivative=_product)
+@batched_as(_product_of_batch, derivative=product)
 def _project(x, weight):
     if not jax.typeof(weight).sharding.mesh.empty:
         # On many devices, whose parts the ways of a CPU would cut across.
-        return _product(x, weight)
+        return product(x, weight)
     rows = x.reshape(-1, x.shape[-1])
-    out = jax.lax.platform_dependent(rows, weight, cpu=cpu.project, default=_product)
+    out = jax.lax.platform_dependent(rows, weight, cpu=cpu.project, default=product)
     return out.reshape(*x.shape[:-1], -1)
 
 

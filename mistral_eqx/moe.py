@@ -13,8 +13,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
 from . import cpu
+from .batching import batched_as
 from .config import ModelConfig
-from .layers import FeedForward, Linear
+from .layers import FeedForward, Linear, product
 from .sharding import where_experts_are
 
 
@@ -57,7 +58,36 @@ def route(
     return chosen, weights.astype(router_logits.dtype)
 
 
-@jax.custom_jvp
+def mix_all(
+    experts: FeedForward,
+    x: Float[Array, "seq dim"],
+    chosen: Int32[Array, "seq top_k"],
+    weights: Float[Array, "seq top_k"],
+) -> Float[Array, "seq dim"]:
+    """As [`mix`][], with every token through every expert. What was not chosen counts 0."""
+    n_experts = experts.w1.weight.shape[0]
+    # A copy of the tokens for each, or XLA:CPU transposes the weights instead.
+    copies = jnp.broadcast_to(x[None], (n_experts, *x.shape))
+    outputs = jax.vmap(FeedForward.__call__)(experts, copies)
+    one_hot = jax.nn.one_hot(chosen, n_experts, dtype=x.dtype)
+    shares = jnp.sum(one_hot * weights[:, :, None], axis=1)
+    out = jnp.einsum("eti,te->ti", outputs, shares, preferred_element_type=jnp.float32)
+    return out.astype(x.dtype)
+
+
+def _mix_batch(batch, batched, experts, x, chosen, weights):
+    """The tokens of all rows as those of one."""
+    if any(jax.tree.leaves(batched[0])):  # not one model, but many
+        axes = jax.tree.map(lambda leaf: 0 if leaf else None, batched)
+        return jax.vmap(mix_all, tuple(axes))(experts, x, chosen, weights), True
+    flat = []
+    for rows, is_batched in zip((x, chosen, weights), batched[1:]):
+        rows = rows if is_batched else jnp.broadcast_to(rows[None], (batch, *rows.shape))
+        flat.append(rows.reshape(-1, rows.shape[-1]))
+    return mix(experts, *flat).reshape(batch, -1, flat[0].shape[-1]), True
+
+
+@batched_as(_mix_batch, derivative=mix_all)
 def mix(
     experts: FeedForward,
     x: Float[Array, "seq dim"],
@@ -77,42 +107,10 @@ def mix(
         an expert that is elsewhere.
     - `weights`: by how much each counts.
     """
-    return _dispatch(experts, x, chosen, weights)
+    return where_experts_are(_dispatch, experts, x, chosen, weights)
 
 
-@mix.defjvp
-def _derivative(primals, tangents):
-    return jax.jvp(mix_all, primals, tangents)
-
-
-def mix_all(
-    experts: FeedForward,
-    x: Float[Array, "seq dim"],
-    chosen: Int32[Array, "seq top_k"],
-    weights: Float[Array, "seq top_k"],
-) -> Float[Array, "seq dim"]:
-    """As [`mix`][], with every token through every expert. What was not chosen counts 0."""
-    n_experts = experts.w1.weight.shape[0]
-    # A copy of the tokens for each, or XLA:CPU transposes the weights instead.
-    copies = jnp.broadcast_to(x[None], (n_experts, *x.shape))
-    outputs = jax.vmap(FeedForward.__call__)(experts, copies)
-    one_hot = jax.nn.one_hot(chosen, n_experts, dtype=x.dtype)
-    shares = jnp.sum(one_hot * weights[:, :, None], axis=1)
-    out = jnp.einsum("eti,te->ti", outputs, shares, preferred_element_type=jnp.float32)
-    return out.astype(x.dtype)
-
-
-@jax.custom_batching.custom_vmap
 def _dispatch(
-    experts: FeedForward,
-    x: Float[Array, "seq dim"],
-    chosen: Int32[Array, "seq top_k"],
-    weights: Float[Array, "seq top_k"],
-) -> Float[Array, "seq dim"]:
-    return where_experts_are(_dispatch_here, experts, x, chosen, weights)
-
-
-def _dispatch_here(
     experts: FeedForward,
     x: Float[Array, "seq dim"],
     chosen: Int32[Array, "seq top_k"],
@@ -155,29 +153,13 @@ def _dispatch_here(
 def _one_token(expert: FeedForward, x: Float[Array, "1 dim"]) -> Float[Array, "1 dim"]:
     """As `expert(x)`. On a CPU no other product multiplies by a slice of stacked weights
     without copying it first."""
-    plain = lambda x, weight: jnp.einsum(
-        "ti,oi->to", x, weight, preferred_element_type=jnp.float32
-    )
 
-    def product(x, linear):
-        ways = {"cpu": cpu.converted_row, "default": plain}
+    def project(x, linear):
+        ways = {"cpu": cpu.converted_row, "default": product}
         return jax.lax.platform_dependent(x, linear.weight, **ways).astype(x.dtype)
 
-    gate = jax.nn.silu(product(x, expert.w1))
-    return product(gate * product(x, expert.w3), expert.w2)
-
-
-@_dispatch.def_vmap
-def _dispatch_batch(batch, batched, experts, x, chosen, weights):
-    """The tokens of all rows as those of one."""
-    if any(jax.tree.leaves(batched[0])):  # not one model, but many
-        axes = jax.tree.map(lambda leaf: 0 if leaf else None, batched)
-        return jax.vmap(mix_all, tuple(axes))(experts, x, chosen, weights), True
-    flat = []
-    for rows, is_batched in zip((x, chosen, weights), batched[1:]):
-        rows = rows if is_batched else jnp.broadcast_to(rows[None], (batch, *rows.shape))
-        flat.append(rows.reshape(-1, rows.shape[-1]))
-    return _dispatch(experts, *flat).reshape(batch, -1, flat[0].shape[-1]), True
+    gate = jax.nn.silu(project(x, expert.w1))
+    return project(gate * project(x, expert.w3), expert.w2)
 
 
 def block_sizes(n_pairs: int, n_experts: int) -> tuple[int, int]:

@@ -171,7 +171,7 @@ class Stages(eqx.Module):
         """
         mesh = _mesh_of(jax.tree.leaves(self.blocks)[0])
         batch, n_stages = x.shape[0], self.n_stages
-        rows_apart = math.prod(mesh.shape[axis] for axis in _ROWS)
+        rows_apart = row_groups(mesh)
         apart = batch % rows_apart == 0
         n_micro = math.gcd(batch // rows_apart if apart else batch, self.microbatches)
         # Microbatch `m` has rows `m, m + n_micro, ...`: a part of each device's rows.
@@ -318,7 +318,12 @@ def _mesh_of(array: Array) -> Mesh | AbstractMesh | None:
 def n_row_groups(model: eqx.Module) -> int:
     """How many parts a batch is spread in: the devices along `data` and `fsdp`."""
     mesh = mesh_of(model)
-    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in _ROWS)
+    return 1 if mesh is None else row_groups(mesh)
+
+
+def row_groups(mesh: Mesh | AbstractMesh) -> int:
+    """As [`n_row_groups`][], for the mesh of a sharded model."""
+    return math.prod(mesh.shape[axis] for axis in _ROWS)
 
 
 def shard_rows(tree: PyTree[Array], model: eqx.Module) -> PyTree[Array]:
@@ -482,7 +487,7 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
 
 
 def _rows(n: int, mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    divides = n % math.prod(mesh.shape[axis] for axis in _ROWS) == 0
+    divides = n % row_groups(mesh) == 0
     return PartitionSpec(_ROWS if divides else None)
 
 
