@@ -2,8 +2,8 @@
 
 import math
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
 from .config import Llama4Scaling, Yarn
@@ -23,13 +23,13 @@ def rotation(
 
     Follows `precompute_freqs_cis` of the reference; RoFormer (arXiv 2104.09864), §3.2.
     """
-    # Before compilation: folded by the compiler, the powers differ from torch's in their
-    # last bits, which are 6e-4 of a cosine at position 32,767.
-    with jax.ensure_compile_time_eval():
-        exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-        frequencies = 1.0 / (theta**exponents)
-        if yarn is not None:
-            frequencies = _stretched(frequencies, head_dim, theta, yarn)
+    # In NumPy, with the powers rounded once: nearly always the bits of torch. XLA's differ
+    # in the last ones, which is 6e-4 of a cosine at position 32,767.
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    powers = (theta ** exponents.astype(np.float64)).astype(np.float32)
+    frequencies = 1 / powers
+    if yarn is not None:
+        frequencies = _stretched(frequencies, head_dim, theta, yarn)
     angles = positions.astype(jnp.float32)[:, None] * frequencies[None, :]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     if yarn is not None and yarn.apply_scale:
@@ -39,8 +39,8 @@ def rotation(
 
 
 def _stretched(
-    frequencies: Float32[Array, "half"], head_dim: int, theta: float, yarn: Yarn
-) -> Float32[Array, "half"]:
+    frequencies: Float32[np.ndarray, "half"], head_dim: int, theta: float, yarn: Yarn
+) -> Float32[np.ndarray, "half"]:
     """The frequencies of YaRN (arXiv 2309.00071, §3.2): the first pairs, which turn many
     times within the original context, keep theirs; the last, which have not turned once,
     are slowed down by the factor, as if the context had been shortened; a ramp between."""
@@ -52,8 +52,8 @@ def _stretched(
     first = max(math.floor(pair_that_turns(yarn.beta)), 0)
     last = min(math.ceil(pair_that_turns(yarn.alpha)), head_dim - 1)
     last = last if last != first else first + 0.001
-    pairs = jnp.arange(head_dim // 2, dtype=jnp.float32)
-    slowed = jnp.clip((pairs - first) / (last - first), 0, 1)
+    pairs = np.arange(head_dim // 2, dtype=np.float32)
+    slowed = np.clip((pairs - first) / (last - first), 0, 1)
     return frequencies * (1 - slowed) + frequencies / yarn.factor * slowed
 
 
