@@ -43,16 +43,21 @@ def converted_row(
     x: Float[Array, "1 in"], weight: Float[Array, "out in"]
 ) -> Float32[Array, "1 out"]:
     """The same for one row of any dtype, in one loop over the matrix where it lies."""
-    # Zeros that XLA cannot know to be. What is divided is written out, and not computed
-    # again for every output; what is multiplied keeps later additions out of the loop.
-    x = x.astype(jnp.float32)
-    x = x / (1 + 0 * x)
+    x = computed_once(x.astype(jnp.float32))
+    # Multiplied by what XLA cannot know to be one, later additions stay out of the loop.
     one = 1 + 0 * x[0, 0]
     parts = []
     for start in range(0, weight.shape[1], LONGEST_ROW):
         part = slice(start, start + LONGEST_ROW)
         parts.append(one * (x[:, part] @ weight[:, part].astype(jnp.float32).T))
     return sum(parts)
+
+
+def computed_once(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x`, written to memory. XLA would rather compute an element again for every use: the
+    cosine of a position for every head of every layer. A quotient it does write, and zeros
+    that it cannot know to be make one of anything."""
+    return x / (1 + 0 * x)
 
 
 def attend(
@@ -64,15 +69,20 @@ def attend(
     written: Int32[Array, ""],
 ) -> Float[Array, "seq heads head_dim"]:
     """Calls `function(queries, keys, values, mask)` with the first slots only, if no more
-    are written: a quarter of them, or a quarter of that, and so on. The branches have
-    another use: without one, XLA copies the ring at every write."""
-    slots = keys.shape[1]
+    are written: half of them, or half of that, and so on. The branches have another use:
+    without one, XLA copies the ring at every write.
+
+    A chunk is multiplied in its own dtype, which may be narrower than the cache's: many
+    rows are as much faster as the conversion is nothing beside them."""
+    seq, slots = queries.shape[0], keys.shape[1]
+    dtype = keys.dtype if seq == 1 else queries.dtype
     sizes = [slots]
     while sizes[-1] >= 128:
-        sizes.append(sizes[-1] // 4)
+        sizes.append(sizes[-1] // 2)
 
     def branch(n):
-        return lambda q, k, v, m: function(q, k[:, :n], v[:, :n], m[:, :n])
+        first = lambda ring: ring[:, :n].astype(dtype)
+        return lambda q, k, v, m: function(q, first(k), first(v), m[:, :n])
 
     fits = [written <= size for size in sizes[1:]]
     index = sum(fit.astype(jnp.int32) for fit in fits) if fits else jnp.int32(0)

@@ -1,5 +1,7 @@
 """The model: an embedding, a stack of blocks, a norm, and a logit for every token id."""
 
+from functools import partial
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import jax.random as jr
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Int32, PRNGKeyArray, PyTree
 
+from . import cpu
 from .attention import Attention
 from .cache import Cache, LayerCache
 from .config import ModelConfig
@@ -226,6 +229,9 @@ class Transformer(eqx.Module):
         positions = length - padding + jnp.arange(tokens.shape[0], dtype=jnp.int32)
         config = self.config
         angles = rotation(positions, config.head_dim, config.rope_theta, config.yarn)
+        angles = jax.lax.platform_dependent(
+            angles, cpu=partial(jax.tree.map, cpu.computed_once), default=lambda x: x
+        )
         return length, positions, angles
 
     def logits(self, hidden: Float[Array, "seq dim"]) -> Float32[Array, "seq vocab"]:
