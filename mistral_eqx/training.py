@@ -16,7 +16,7 @@ from jaxtyping import Array, Float32, Int, Integer
 from tqdm import tqdm
 
 from .moe import load_balancing_loss
-from .sharding import n_row_groups, place_like, shard_rows, to_host
+from .sharding import n_row_groups, place_like, replicate, shard_rows, to_host
 from .transformer import Transformer
 
 
@@ -66,6 +66,16 @@ class TrainState(eqx.Module):
     model: Transformer
     optimizer_state: optax.OptState
     step: Int[Array, ""]
+
+
+def start(model: Transformer, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step. The model's arrays become its own: `train_step`
+    donates them."""
+    state = TrainState(model, optimizer.init(model), jnp.zeros((), jnp.int32))
+    # Else the first step would be compiled for what is here, and the second for what the
+    # first one made of it.
+    counts, rest = eqx.partition(state, lambda leaf: leaf.ndim == 0)
+    return eqx.combine(replicate(counts, model), rest)
 
 
 @eqx.filter_jit(donate="all")
@@ -158,7 +168,7 @@ def fit(
             "groups of devices along the mesh's data and fsdp: make it a multiple of that."
         )
     optimizer = make_optimizer(learning_rate=learning_rate, steps=steps, warmup=warmup)
-    state = TrainState(model, optimizer.init(model), jnp.zeros((), jnp.int32))
+    state = start(model, optimizer)
     run = {
         "steps": steps,
         "batch_size": batch_size,
@@ -173,12 +183,12 @@ def fit(
     measured = sample_batch(
         held_out, batch_size=64, seq_len=seq_len, bos_id=bos_id, seed=0, step=0
     )
-    start = int(state.step)
+    begun = int(state.step)
     with tqdm(
-        total=steps, initial=start, unit="step", desc="train", disable=None
+        total=steps, initial=begun, unit="step", desc="train", disable=None
     ) as progress:
         shown = {}
-        for step in range(start, steps):
+        for step in range(begun, steps):
             batch = sample_batch(
                 tokens,
                 batch_size=batch_size,

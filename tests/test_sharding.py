@@ -19,7 +19,7 @@ from mistral_eqx import beams, generation, reading, sharding
 from mistral_eqx.__main__ import main
 from mistral_eqx.inspection import plan
 from mistral_eqx.sharding import make_mesh, parse_mesh
-from mistral_eqx.training import TrainState, fit, loss, train_step
+from mistral_eqx.training import fit, loss, start, train_step
 
 
 DENSE = ["data=8", "model=8", "data=2,model=4", "data=2,fsdp=2,model=2", "model=1"]
@@ -101,7 +101,7 @@ def test_training_step(mesh):
 
     def step(model):
         model = jax.tree.map(jnp.copy, model)  # it will be donated
-        state = TrainState(model, optimizer.init(model), jnp.int32(0))
+        state = start(model, optimizer)
         return train_step(state, sharding.shard_rows(tokens, model), optimizer)
 
     (expected, value), (found, other) = step(plain), step(model)

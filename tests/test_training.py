@@ -18,13 +18,14 @@ from test_parity import (
     state_dict,
 )
 
-from mistral_eqx import Transformer, reading, training
+import mistral_eqx as mx
+from mistral_eqx import Transformer, reading, sharding, training
 from mistral_eqx.training import (
-    TrainState,
     fit,
     loss,
     make_optimizer,
     sample_batch,
+    start,
     train_step,
 )
 
@@ -104,13 +105,26 @@ def test_gradients_are_transformers(changes):
 def test_one_batch_is_learnt_by_heart():
     optimizer = make_optimizer(learning_rate=1e-2, steps=100, warmup=5, weight_decay=0.0)
     model = small_model()
-    state = TrainState(model, optimizer.init(model), jnp.zeros((), jnp.int32))
+    state = start(model, optimizer)
     losses = []
     for _ in range(100):
         state, value = train_step(state, jnp.array(BATCH), optimizer)
         losses.append(float(value))
     assert losses[0] > 4 and losses[-1] < 0.1
     assert int(state.step) == 100
+
+
+@trains
+@pytest.mark.parametrize("mesh", [None, "data=2,fsdp=2,model=2"])
+def test_a_step_is_compiled_once(mesh, caplog):
+    model = jax.device_put(small_model(norm_eps=3e-5), jax.devices()[0])
+    if mesh is not None:
+        model = mx.shard(model, sharding.make_mesh(sharding.parse_mesh(mesh)))
+    with jax.log_compiles():
+        fit(model, STREAM, STREAM, **OPTIONS | {"batch_size": 4})
+    messages = [record.getMessage() for record in caplog.records]
+    compiled = [text for text in messages if "XLA compilation of jit(train_step)" in text]
+    assert len(compiled) == 1
 
 
 @trains

@@ -15,7 +15,7 @@ def program(folder):
     """What a model on a mesh over all devices makes."""
     import mistral_eqx as mx
     from mistral_eqx import beams, generation, reading, sharding, weights
-    from mistral_eqx.training import TrainState, train_step
+    from mistral_eqx.training import start, train_step
 
     count, read = [0], weights._read_safetensors
 
@@ -47,7 +47,7 @@ def program(folder):
     )
     best = beams.beam_search(model, prompts, n_beams=2, max_tokens=4)
     optimizer = optax.sgd(0.1)
-    state = TrainState(model, optimizer.init(model), jnp.int32(0))
+    state = start(model, optimizer)
     tokens = jnp.asarray(np.arange(64).reshape(8, 8), jnp.int32)
     losses = []
     for _ in range(2):

@@ -149,13 +149,11 @@ class Package:
         import jax
         import jax.numpy as jnp
 
-        from mistral_eqx.training import TrainState, make_optimizer, train_step
+        from mistral_eqx.training import make_optimizer, start, train_step
 
         optimizer = make_optimizer(learning_rate=1e-3, steps=10**6, warmup=0)
-        model = jax.tree.map(jnp.copy, self.model)
-        step = jnp.zeros((), jnp.int32)
-        self.state = TrainState(model, optimizer.init(model), step)
-        tokens = jnp.asarray(training_tokens(model.config.vocab_size))
+        self.state = start(jax.tree.map(jnp.copy, self.model), optimizer)
+        tokens = jnp.asarray(training_tokens(self.model.config.vocab_size))
 
         def run(_):
             self.state, loss = train_step(self.state, tokens, optimizer)
