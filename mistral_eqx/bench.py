@@ -326,7 +326,7 @@ def _run(
     cache, logits = jax.block_until_ready(prefill(model, prompts, max_tokens=tokens))
     read = time.perf_counter()
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(cache.layers))
-    state, choice = decode(model, _state(model, cache, logits, tokens), jnp.int32(1))
+    state, choice = decode(model, decode_state(model, cache, logits, tokens), jnp.int32(1))
     jax.block_until_ready(choice)
     chosen = time.perf_counter()
     _decode(model, state, tokens - 1)
@@ -355,7 +355,8 @@ def _time_at(model: Transformer, batch: int, length: int, repeats: int) -> dict[
     cache = eqx.tree_at(lambda c: c.length, cache, replicate(jnp.int32(begin), model))
     logits = jnp.zeros((batch, model.config.vocab_size), jnp.float32)
     logits = shard_rows(logits, model)
-    state = _decode(model, _state(model, cache, logits, (repeats + 1) * steps), steps)
+    state = decode_state(model, cache, logits, (repeats + 1) * steps)
+    state = _decode(model, state, steps)
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -364,7 +365,10 @@ def _time_at(model: Transformer, batch: int, length: int, repeats: int) -> dict[
     return _spread(np.array(seconds))
 
 
-def _state(model: Transformer, cache: Cache, logits: jax.Array, tokens: int) -> DecodeState:
+def decode_state(
+    model: Transformer, cache: Cache, logits: jax.Array, tokens: int
+) -> DecodeState:
+    """Ready to make so many tokens in each row, greedily. It takes the cache over."""
     batch, vocab = logits.shape
     rows = {
         "remaining": jnp.full(batch, tokens + 1, jnp.int32),

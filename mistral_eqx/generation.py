@@ -8,6 +8,7 @@ it, `stream` and `generate` do both.
 import collections
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -114,7 +115,9 @@ def decode_step(model: Transformer, state: DecodeState) -> tuple[DecodeState, Ch
     return state, choice
 
 
-@eqx.filter_jit(donate="all-except-first")
+# Not by `eqx.filter_jit`, which waits for the result: the next block is to be under way
+# while the last one is read.
+@partial(jax.jit, donate_argnums=1)
 def decode(
     model: Transformer, state: DecodeState, steps: Int32[Array, ""]
 ) -> tuple[DecodeState, Choice]:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -129,7 +130,8 @@ def _make_cache(
     return shard_cache(stage_cache(cache, model), model)
 
 
-@eqx.filter_jit(donate="all-except-first")
+# Not by `eqx.filter_jit`, which waits for the result: the host is to stay ahead.
+@partial(jax.jit, donate_argnums=1)
 def _prefill_chunk(
     model: Transformer, cache: Cache, tokens: Int32[Array, "batch chunk"]
 ) -> tuple[Cache, Float32[Array, "batch vocab"]]:
@@ -194,7 +196,7 @@ def score(
     return scored
 
 
-@eqx.filter_jit(donate="all-except-first")
+@partial(jax.jit, donate_argnums=1, static_argnums=4)
 def _score_chunk(
     model: Transformer,
     cache: Cache,

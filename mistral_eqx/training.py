@@ -78,7 +78,9 @@ def start(model: Transformer, optimizer: optax.GradientTransformation) -> TrainS
     return eqx.combine(replicate(counts, model), rest)
 
 
-@eqx.filter_jit(donate="all")
+# Not by `eqx.filter_jit`, which waits for the result: the next batch is to be made while
+# this one is learnt.
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=2)
 def train_step(
     state: TrainState,
     tokens: Int[Array, "batch seq"],

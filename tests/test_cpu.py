@@ -91,7 +91,7 @@ def test_decoding_copies_neither_weights_nor_cache(dtype, batch):
         sampling=Sampling(),
         eos_ids=jnp.array([-1], jnp.int32),
     )
-    compiled = generation.decode.lower(model, state, jnp.int32(9)).compile().compiled
+    compiled = generation.decode.lower(model, state, jnp.int32(9)).compile()
     ring = cache.layers[0].keys
     assert ring.dtype == jnp.float32
     # The first slots of a layer's keys and values, and what sampling needs. The table in

@@ -232,7 +232,7 @@ def test_a_long_prompt_needs_no_more(traced, monkeypatch):
     def spy(model, cache, tokens):
         shape = (tokens.shape, cache.slots)
         if shape not in programs:
-            compiled = prefill_chunk.lower(model, cache, tokens).compile().compiled
+            compiled = prefill_chunk.lower(model, cache, tokens).compile()
             programs[shape] = compiled.memory_analysis().temp_size_in_bytes
         return prefill_chunk(model, cache, tokens)
 
@@ -257,7 +257,7 @@ def test_the_cache_is_updated_in_place(window):
     model = random_model(sliding_window=window)
     state = begin(model, PROMPTS, max_tokens=24)
     batch, kv_heads, slots, head_dim = state.cache.layers[0].keys.shape
-    hlo = decode.lower(model, state, jnp.int32(BLOCK)).compile().compiled.as_text()
+    hlo = decode.lower(model, state, jnp.int32(BLOCK)).compile().as_text()
     ring = f"f32[{batch},{kv_heads},{slots},{head_dim}]"
     lines = [line.partition(", metadata")[0] for line in hlo.splitlines() if ring in line]
     made = [line.partition(" = ")[2] for line in lines]

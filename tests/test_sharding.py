@@ -223,7 +223,7 @@ COLLECTIVE = re.compile(
 def collectives(compiled):
     """The collectives of a program, each with the name of what it is for."""
     found = collections.Counter()
-    for line in compiled.compiled.as_text().splitlines():
+    for line in compiled.as_text().splitlines():
         if match := COLLECTIVE.search(line):
             purpose = re.search(r'op_name="[^"]*?(\w+)"', line)
             # What the gather of the logits is called differs among versions of JAX.

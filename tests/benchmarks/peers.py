@@ -107,34 +107,25 @@ class Package:
         return row.tokens
 
     def decode(self, rows):
-        """Times all but the first block of a stream, whose reading of the prompt is over
-        when it comes."""
-        from mistral_eqx.generation import stream
+        """Times the program that `stream` and `generate` call for each block."""
+        import jax.numpy as jnp
+
+        from mistral_eqx.bench import decode_state
+        from mistral_eqx.generation import decode
 
         prompts = [prompt[:PROMPT] for prompt in self.job.prompts[:rows]]
-        steps, block = self.job.steps, self.job.steps // 2
-        prefix, _ = self.mx.prefill(
-            self.model, [prompt[:-1] for prompt in prompts], max_tokens=block + steps + 1
-        )
+        steps, first = self.job.steps, self.job.steps // 2
 
         def prepare():
-            blocks = stream(
-                self.model,
-                prompts,
-                prefix=prefix,
-                max_tokens=block + steps,
-                block=block,
-                key=self.key,
-            )
-            next(blocks)
-            return blocks
+            cache, logits = self.mx.prefill(self.model, prompts, max_tokens=first + steps)
+            state = decode_state(self.model, cache, logits, first + steps)
+            state, choice = decode(self.model, state, jnp.int32(first))
+            choice.tokens.block_until_ready()
+            return state
 
-        def run(blocks):
-            rows = [[] for _ in prompts]
-            for pieces in blocks:
-                for row, piece in zip(rows, pieces):
-                    row += piece.tokens
-            return rows
+        def run(state):
+            _, choice = decode(self.model, state, jnp.int32(steps))
+            return choice.tokens[:, :steps].tolist()
 
         return prepare, run, steps * len(prompts)
 
