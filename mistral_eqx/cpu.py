@@ -13,8 +13,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 
-# A row is multiplied by a matrix in one loop, which converts the matrix as it reads it, if
-# the row has less than 16 KiB. Else the whole converted matrix is written out first.
+# A row is multiplied by a matrix in one loop, with nothing written on the way, only if
+# the row has less than 16 KiB. Else the matrix is transposed, or converted, as a whole.
 LONGEST_ROW = 4095
 
 
@@ -26,23 +26,23 @@ def project(
     # Seen to depend on `x`, the weight is not converted ahead of a loop of steps, which
     # would keep a second copy of the model.
     x, weight = jax.lax.optimization_barrier((x, weight))
-    if weight.dtype == jnp.float32:
-        if rows == 1:
-            return (weight @ x[0])[None, :]
-        if rows <= 64 and weight.shape[0] % 2 == 0:
-            # The matrix on the left. In halves, or XLA would put it on the right again.
-            halves = weight.reshape(2, -1, weight.shape[1])
-            out = jnp.einsum("noi,ri->nor", halves, x, preferred_element_type=jnp.float32)
-            return out.transpose(2, 0, 1).reshape(rows, -1)
-    elif rows < 4:
-        return jnp.concatenate([converted_row(row, weight) for row in jnp.split(x, rows)])
+    is_float32, width = weight.dtype == jnp.float32, weight.shape[1]
+    if is_float32 and rows == 1 and width > LONGEST_ROW:
+        return (weight @ x[0])[None, :]
+    if rows == 1 or (rows < 4 and not is_float32):
+        return jnp.concatenate([product_of_row(row, weight) for row in jnp.split(x, rows)])
+    if is_float32 and rows <= 64 and weight.shape[0] % 2 == 0:
+        # The matrix on the left. In halves, or XLA would put it on the right again.
+        halves = weight.reshape(2, -1, width)
+        out = jnp.einsum("noi,ri->nor", halves, x, preferred_element_type=jnp.float32)
+        return out.transpose(2, 0, 1).reshape(rows, -1)
     return jnp.einsum("ri,oi->ro", x, weight, preferred_element_type=jnp.float32)
 
 
-def converted_row(
+def product_of_row(
     x: Float[Array, "1 in"], weight: Float[Array, "out in"]
 ) -> Float32[Array, "1 out"]:
-    """The same for one row of any dtype, in one loop over the matrix where it lies."""
+    """The same for one row, in one loop that converts the matrix as it reads it."""
     x = computed_once(x.astype(jnp.float32))
     # Multiplied by what XLA cannot know to be one, later additions stay out of the loop.
     one = 1 + 0 * x[0, 0]
