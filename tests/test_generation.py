@@ -269,6 +269,15 @@ def test_the_cache_is_updated_in_place(window):
     assert sum(" while(" in line for line in lines) == 1
 
 
+def test_a_block_is_under_way_while_another_is_read():
+    model = random_model(dim=512, hidden_dim=2048, sliding_window=None)
+    state = begin(model, PROMPTS, max_tokens=3 * BLOCK)
+    state, choice = decode(model, state, jnp.int32(BLOCK))
+    choice.tokens.block_until_ready()
+    _, choice = decode(model, state, jnp.int32(BLOCK))
+    assert not choice.tokens.is_ready()
+
+
 @pytest.mark.parametrize("window", [8, None])
 def test_score_is_the_log_probability(window):
     model, text = random_model(sliding_window=window), random_tokens(41)
