@@ -72,8 +72,8 @@ def attend(
     are written: half of them, or half of that, and so on. The branches have another use:
     without one, XLA copies the ring at every write.
 
-    A chunk is multiplied in its own dtype, which may be narrower than the cache's: many
-    rows are as much faster as the conversion is nothing beside them."""
+    A chunk attends in its own dtype, which may be narrower than the cache's: its many rows
+    are multiplied faster so, and converting the ring takes little beside that."""
     seq, slots = queries.shape[0], keys.shape[1]
     dtype = keys.dtype if seq == 1 else queries.dtype
     sizes = [slots]

@@ -78,9 +78,7 @@ def start(model: Transformer, optimizer: optax.GradientTransformation) -> TrainS
     return eqx.combine(replicate(counts, model), rest)
 
 
-# Not by `eqx.filter_jit`, which waits for the result: the next batch is to be made while
-# this one is learnt.
-@functools.partial(jax.jit, donate_argnums=0, static_argnums=2)
+@eqx.filter_jit(donate="all")
 def train_step(
     state: TrainState,
     tokens: Int[Array, "batch seq"],
