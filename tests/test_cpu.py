@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from models import cast, random_model
 
-from mistral_eqx import Sampling, cpu, generation
+from mistral_eqx import cpu, generation
 from mistral_eqx.attention import attend
+from mistral_eqx.bench import decode_state
 from mistral_eqx.layers import project
 from mistral_eqx.reading import prefill
 
@@ -67,7 +68,8 @@ def test_attention_reads_what_is_written(slots):
         for i, shape in enumerate([(3, 4, 8), (2, slots, 8), (2, slots, 8)])
     )
     first = jax.jit(lambda *args: cpu.attend(attend, *args))
-    for written in {3, slots // 4, slots // 4 + 1, slots}:
+    edges = {slots // 4, slots // 4 + 1, slots // 2, slots // 2 + 1}
+    for written in {3, slots} | edges:
         held = jnp.arange(slots) < written
         mask = jnp.broadcast_to(held, (3, slots))
         unwritten = jnp.where(held[None, :, None], 0, 1e9)
@@ -82,15 +84,7 @@ def test_decoding_copies_neither_weights_nor_cache(dtype, batch):
         random_model(dim=128, vocab_size=32768, sliding_window=None, head_dim=32), dtype
     )
     cache, logits = prefill(model, [[1, 2, 3]] * batch, max_tokens=4096)
-    state = generation.DecodeState(
-        cache,
-        logits,
-        remaining=jnp.full(batch, 9, jnp.int32),
-        ended=jnp.zeros(batch, bool),
-        keys=jr.split(jr.key(0), batch),
-        sampling=Sampling(),
-        eos_ids=jnp.array([-1], jnp.int32),
-    )
+    state = decode_state(model, cache, logits, 9)
     compiled = generation.decode.lower(model, state, jnp.int32(9)).compile()
     ring = cache.layers[0].keys
     assert ring.dtype == jnp.float32

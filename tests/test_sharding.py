@@ -17,6 +17,7 @@ from models import random_model, random_tokens
 import mistral_eqx as mx
 from mistral_eqx import beams, generation, reading, sharding
 from mistral_eqx.__main__ import main
+from mistral_eqx.bench import decode_state
 from mistral_eqx.inspection import plan
 from mistral_eqx.sharding import make_mesh, parse_mesh
 from mistral_eqx.training import fit, loss, start, train_step
@@ -232,30 +233,14 @@ def collectives(compiled):
     return found
 
 
-def decode_state(model, n_rows):
-    cache, logits = mx.prefill(model, [random_tokens(3)] * n_rows, max_tokens=4, chunk=4)
-    rows = {
-        "remaining": jnp.full(n_rows, 4, jnp.int32),
-        "ended": jnp.zeros(n_rows, bool),
-        "keys": jax.random.split(jax.random.key(0), n_rows),
-        "seen": jnp.zeros((n_rows, 64), bool),
-    }
-    return generation.DecodeState(
-        cache,
-        logits,
-        **sharding.shard_rows(rows, model),
-        sampling=sharding.replicate(mx.Sampling(), model),
-        eos_ids=sharding.replicate(jnp.array([-1], jnp.int32), model),
-    )
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "mesh", ["model=8", "data=2,model=4", "data=8", "pipe=2,model=4", "moe model=8"]
 )
 def test_collectives_of_decode(mesh):
     model, sizes = sharded(mesh), parse_mesh(mesh.removeprefix("moe "))
-    state = decode_state(model, 8)
+    cache, logits = mx.prefill(model, [random_tokens(3)] * 8, max_tokens=4, chunk=4)
+    state = decode_state(model, cache, logits, 4)
     places = [leaf.sharding for leaf in jax.tree.leaves(state)]
     compiled = generation.decode.lower(model, state, jnp.int32(4)).compile()
     expected = {}
