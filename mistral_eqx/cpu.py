@@ -13,9 +13,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 
-# A row is multiplied by a matrix in one loop, with nothing written on the way, only if
-# the row has less than 16 KiB. Else the matrix is transposed, or converted, as a whole.
-LONGEST_ROW = 4095
+# XLA multiplies a vector by a matrix in one loop, with nothing written on the way, only if
+# the vector has less than 16 KiB. Else it transposes, or converts, the matrix as a whole.
+LONGEST_VECTOR = 4095
 
 
 def project(
@@ -27,10 +27,10 @@ def project(
     # would keep a second copy of the model.
     x, weight = jax.lax.optimization_barrier((x, weight))
     is_float32, width = weight.dtype == jnp.float32, weight.shape[1]
-    if is_float32 and rows == 1 and width > LONGEST_ROW:
+    if is_float32 and rows == 1 and width > LONGEST_VECTOR:
         return (weight @ x[0])[None, :]
-    if rows == 1 or (rows < 4 and not is_float32):
-        return jnp.concatenate([product_of_row(row, weight) for row in jnp.split(x, rows)])
+    if (rows < 8 and x.size <= LONGEST_VECTOR) if is_float32 else (rows < 4):
+        return product_of_few_rows(x, weight)
     if is_float32 and rows <= 64 and weight.shape[0] % 2 == 0:
         # The matrix on the left. In halves, or XLA would put it on the right again.
         halves = weight.reshape(2, -1, width)
@@ -39,18 +39,27 @@ def project(
     return jnp.einsum("ri,oi->ro", x, weight, preferred_element_type=jnp.float32)
 
 
-def product_of_row(
-    x: Float[Array, "1 in"], weight: Float[Array, "out in"]
-) -> Float32[Array, "1 out"]:
-    """The same for one row, in one loop that converts the matrix as it reads it."""
-    x = computed_once(x.astype(jnp.float32))
+def product_of_few_rows(
+    x: Float[Array, "rows in"], weight: Float[Array, "out in"]
+) -> Float32[Array, "rows out"]:
+    """The same in one loop, which converts the matrix as it reads it.
+
+    It is XLA's loop for a vector times a matrix, and takes up what the matrix is computed
+    from. So for several rows, or a long one, the matrix is of all products of elements, the
+    rows in parts that are as long as the vector may be, and the vector is of ones."""
+    rows, width = x.shape
+    part = next(n for n in range(min(width, LONGEST_VECTOR), 0, -1) if width % n == 0)
+    n_parts = width // part
+    x = computed_once(x).astype(jnp.float32).reshape(1, rows, n_parts, part)
+    matrix = weight.astype(jnp.float32).reshape(-1, 1, n_parts, part)
     # Multiplied by what XLA cannot know to be one, later additions stay out of the loop.
-    one = 1 + 0 * x[0, 0]
-    parts = []
-    for start in range(0, weight.shape[1], LONGEST_ROW):
-        part = slice(start, start + LONGEST_ROW)
-        parts.append(one * (x[:, part] @ weight[:, part].astype(jnp.float32).T))
-    return sum(parts)
+    one = 1 + 0 * x[0, 0, 0, 0]
+    if rows == n_parts == 1:
+        vector = x.reshape(1, part)
+    else:
+        vector, matrix = jnp.broadcast_to(one, (1, part)), matrix * x
+    sums = one * (vector @ matrix.reshape(-1, part).T)
+    return sums.reshape(-1, rows, n_parts).sum(2).T
 
 
 def computed_once(x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -20,7 +20,7 @@ def normal(seed, shape, dtype=jnp.float32):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 128, 129])
-@pytest.mark.parametrize("size", [(6, 8), (7, 8), (6, 4096), (6, 9000)])
+@pytest.mark.parametrize("size", [(6, 8), (7, 8), (6, 4096), (6, 4099), (6, 9000)])
 def test_a_product_is_a_product(dtype, rows, size):
     x, weight = normal(0, (rows, size[1]), dtype), normal(1, size, dtype)
     out = jax.jit(cpu.project)(x, weight)
@@ -28,6 +28,15 @@ def test_a_product_is_a_product(dtype, rows, size):
     expected = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
     assert out.dtype == jnp.float32
     np.testing.assert_allclose(out, expected, atol=1e-6 * size[1] ** 0.5 * 10)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("width", [1000, 9000])
+def test_few_rows_copy_no_matrix(dtype, rows, width):
+    x, weight = normal(0, (rows, width), dtype), normal(1, (512, width), dtype)
+    compiled = jax.jit(cpu.project).lower(x, weight).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < weight.nbytes / 4
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
