@@ -1,5 +1,6 @@
 """Grouped-query attention under a sliding window."""
 
+from collections.abc import Callable
 from functools import partial
 
 import equinox as eqx
@@ -32,11 +33,21 @@ def visible(
     return seen if window is None else seen & (distance < window)
 
 
+def score(
+    queries: Float[Array, "kv_heads rows head_dim"],
+    keys: Float[Array, "kv_heads slots head_dim"],
+) -> Float32[Array, "kv_heads rows slots"]:
+    """The product of each query with each key of its head."""
+    return jnp.einsum("krd,ksd->krs", queries, keys, preferred_element_type=jnp.float32)
+
+
 def attend(
     queries: Float[Array, "seq heads head_dim"],
     keys: Float[Array, "kv_heads slots head_dim"],
     values: Float[Array, "kv_heads slots head_dim"],
     mask: Bool[Array, "seq slots"],
+    *,
+    score: Callable = score,
 ) -> Float[Array, "seq heads head_dim"]:
     """Softmax attention, the `groups` of query heads that share a kv head together.
 
@@ -50,8 +61,7 @@ def attend(
     # which XLA does faster than an einsum over five axes.
     rows = queries.reshape(seq, kv_heads, groups, head_dim).transpose(1, 2, 0, 3)
     rows = rows.reshape(kv_heads, groups * seq, head_dim).astype(keys.dtype)
-    scores = jnp.einsum("krd,ksd->krs", rows, keys, preferred_element_type=jnp.float32)
-    scores = scores.reshape(kv_heads, groups, seq, slots) * head_dim**-0.5
+    scores = score(rows, keys).reshape(kv_heads, groups, seq, slots) * head_dim**-0.5
     # A finite value: a pad sees no key at all, and a row of -inf alone would be NaN.
     scores = jnp.where(mask[None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)

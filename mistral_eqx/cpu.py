@@ -6,11 +6,14 @@ Each way below is the fastest found for its case, 1.5 to 20 times as fast as a p
 
 import os
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int32
+
+from .batching import batched_as
 
 
 # XLA multiplies a vector by a matrix in one loop, with nothing written on the way, only if
@@ -42,24 +45,56 @@ def project(
 def product_of_few_rows(
     x: Float[Array, "rows in"], weight: Float[Array, "out in"]
 ) -> Float32[Array, "rows out"]:
-    """The same in one loop, which converts the matrix as it reads it.
-
-    It is XLA's loop for a vector times a matrix, and takes up what the matrix is computed
-    from. So for several rows, or a long one, the matrix is of all products of elements, the
-    rows in parts that are as long as the vector may be, and the vector is of ones."""
+    """The same in one loop, which converts the matrix as it reads it."""
     rows, width = x.shape
+    x = computed_once(x)
+    if rows == 1 and width <= LONGEST_VECTOR:
+        return one(x) * (x.astype(jnp.float32) @ weight.astype(jnp.float32).T)
     part = next(n for n in range(min(width, LONGEST_VECTOR), 0, -1) if width % n == 0)
-    n_parts = width // part
-    x = computed_once(x).astype(jnp.float32).reshape(1, rows, n_parts, part)
-    matrix = weight.astype(jnp.float32).reshape(-1, 1, n_parts, part)
-    # Multiplied by what XLA cannot know to be one, later additions stay out of the loop.
-    one = 1 + 0 * x[0, 0, 0, 0]
-    if rows == n_parts == 1:
-        vector = x.reshape(1, part)
-    else:
-        vector, matrix = jnp.broadcast_to(one, (1, part)), matrix * x
-    sums = one * (vector @ matrix.reshape(-1, part).T)
-    return sums.reshape(-1, rows, n_parts).sum(2).T
+    parts = weight.reshape(-1, 1, width // part, part)
+    return sum_of_products(x.reshape(1, rows, -1, part), parts).sum(2).T
+
+
+def _score_of_batch(size, batched, queries, keys):
+    whole = [
+        x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
+        for x, is_batched in zip((queries, keys), batched)
+    ]
+    return score(*whole), True
+
+
+def _plain_score(queries, keys):
+    return jnp.einsum(
+        "...rd,...sd->...rs", queries, keys, preferred_element_type=jnp.float32
+    )
+
+
+@batched_as(_score_of_batch, derivative=_plain_score)
+def score(
+    queries: Float[Array, "*heads rows head_dim"],
+    keys: Float[Array, "*heads slots head_dim"],
+) -> Float32[Array, "*heads rows slots"]:
+    """The product of each query with each key of its head, for few queries."""
+    return sum_of_products(computed_once(queries)[..., :, None, :], keys[..., None, :, :])
+
+
+def sum_of_products(
+    x: Float[Array, "*#shape n"], y: Float[Array, "*#shape n"]
+) -> Float32[Array, "*shape"]:
+    """`jnp.sum(x * y, axis=-1)` in one loop, with nothing written on the way.
+
+    XLA has such a loop for a vector times a matrix, and it takes up what the matrix is
+    computed from. So the matrix is of the products, and the vector of ones."""
+    products = x.astype(jnp.float32) * y.astype(jnp.float32)
+    n = products.shape[-1]
+    sums = jnp.broadcast_to(one(x), (1, n)) @ products.reshape(-1, n).T
+    return (one(x) * sums).reshape(products.shape[:-1])
+
+
+def one(x: Float[Array, "..."]) -> Float32[Array, ""]:
+    """A one that XLA cannot know to be one. What a product is multiplied by it before it is
+    added to anything, or XLA would leave its fast loop for one that adds, too."""
+    return 1 + 0 * jnp.nan_to_num(x[(0,) * x.ndim].astype(jnp.float32))
 
 
 def computed_once(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -83,7 +118,12 @@ def attend(
 
     A chunk attends in its own dtype, which may be narrower than the cache's: its many rows
     are multiplied faster so, and converting the ring takes little beside that."""
-    seq, slots = queries.shape[0], keys.shape[1]
+    seq, _, head_dim = queries.shape
+    slots = keys.shape[1]
+    on_one_device = jax.typeof(keys).sharding.mesh.empty
+    # With shorter heads, the sums of a loop take longer than the loop saves.
+    if seq == 1 and head_dim >= 64 and on_one_device:
+        function = partial(function, score=score)
     dtype = keys.dtype if seq == 1 else queries.dtype
     sizes = [slots]
     while sizes[-1] >= 128:

@@ -1,5 +1,7 @@
 """What is done otherwise on a CPU: the same results, and nothing copied whole."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -28,6 +30,15 @@ def test_a_product_is_a_product(dtype, rows, size):
     expected = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
     assert out.dtype == jnp.float32
     np.testing.assert_allclose(out, expected, atol=1e-6 * size[1] ** 0.5 * 10)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_row_that_is_no_number_spoils_no_other(dtype, bad):
+    x = normal(0, (2, 100), dtype).at[0].set(bad)
+    out = jax.jit(cpu.project)(x, normal(1, (8, 100), dtype))
+    assert jnp.isnan(out[0]).all()
+    assert jnp.isfinite(out[1]).all()
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -86,13 +97,26 @@ def test_attention_reads_what_is_written(slots):
         np.testing.assert_allclose(out, attend(queries, keys, values, mask), atol=1e-6)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_one_token_attends_as_any(batch):
+    queries, keys, values = (
+        normal(i, (batch, *shape))
+        for i, shape in enumerate([(1, 6, 64), (2, 100, 64), (2, 100, 64)])
+    )
+    mask = jnp.arange(100)[None, None] < jnp.arange(70, 70 + batch)[:, None, None]
+    plain = jax.vmap(attend)(queries, keys, values, mask)
+    led = jax.vmap(partial(cpu.attend, attend), (0, 0, 0, 0, None))
+    out = jax.jit(led)(queries, keys, values, mask, jnp.int32(80))
+    np.testing.assert_allclose(out, plain, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_decoding_copies_neither_weights_nor_cache(dtype, batch):
     model = cast(
-        random_model(dim=128, vocab_size=32768, sliding_window=None, head_dim=32), dtype
+        random_model(dim=128, vocab_size=32768, sliding_window=None, head_dim=64), dtype
     )
-    cache, logits = prefill(model, [[1, 2, 3]] * batch, max_tokens=4096)
+    cache, logits = prefill(model, [[1, 2, 3]] * batch, max_tokens=2048)
     state = decode_state(model, cache, logits, 9)
     compiled = generation.decode.lower(model, state, jnp.int32(9)).compile()
     ring = cache.layers[0].keys
