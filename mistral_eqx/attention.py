@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, PRNGKeyArray
 from . import cpu
 from .cache import LayerCache
 from .config import Llama4Scaling, ModelConfig
-from .layers import Linear
+from .layers import Linear, product
 from .rope import query_scale, rotate
 
 
@@ -33,26 +33,19 @@ def visible(
     return seen if window is None else seen & (distance < window)
 
 
-def score(
-    queries: Float[Array, "kv_heads rows head_dim"],
-    keys: Float[Array, "kv_heads slots head_dim"],
-) -> Float32[Array, "kv_heads rows slots"]:
-    """The product of each query with each key of its head."""
-    return jnp.einsum("krd,ksd->krs", queries, keys, preferred_element_type=jnp.float32)
-
-
 def attend(
     queries: Float[Array, "seq heads head_dim"],
     keys: Float[Array, "kv_heads slots head_dim"],
     values: Float[Array, "kv_heads slots head_dim"],
     mask: Bool[Array, "seq slots"],
     *,
-    score: Callable = score,
+    score: Callable = jax.vmap(product),
 ) -> Float[Array, "seq heads head_dim"]:
     """Softmax attention, the `groups` of query heads that share a kv head together.
 
     Scores and softmax are float32, the probabilities are cast back to the values' dtype,
-    as in the reference. Grouped-query attention: Ainslie et al. (arXiv 2305.13245).
+    as in the reference. `score` multiplies the queries of each kv head by its keys.
+    Grouped-query attention: Ainslie et al. (arXiv 2305.13245).
     """
     seq, heads, head_dim = queries.shape
     kv_heads, slots, _ = keys.shape

@@ -32,7 +32,9 @@ def project(
     is_float32, width = weight.dtype == jnp.float32, weight.shape[1]
     if is_float32 and rows == 1 and width > LONGEST_VECTOR:
         return (weight @ x[0])[None, :]
-    if (rows < 8 and x.size <= LONGEST_VECTOR) if is_float32 else (rows < 4):
+    # Each row costs the loop as much again, and all should stay in the nearest cache.
+    few = rows < 8 and x.size <= LONGEST_VECTOR if is_float32 else rows < 4
+    if few:
         return product_of_few_rows(x, weight)
     if is_float32 and rows <= 64 and weight.shape[0] % 2 == 0:
         # The matrix on the left. In halves, or XLA would put it on the right again.
@@ -86,14 +88,14 @@ def sum_of_products(
     XLA has such a loop for a vector times a matrix, and it takes up what the matrix is
     computed from. So the matrix is of the products, and the vector of ones."""
     products = x.astype(jnp.float32) * y.astype(jnp.float32)
-    n = products.shape[-1]
-    sums = jnp.broadcast_to(one(x), (1, n)) @ products.reshape(-1, n).T
-    return (one(x) * sums).reshape(products.shape[:-1])
+    n, factor = products.shape[-1], one(x)
+    sums = jnp.broadcast_to(factor, (1, n)) @ products.reshape(-1, n).T
+    return (factor * sums).reshape(products.shape[:-1])
 
 
 def one(x: Float[Array, "..."]) -> Float32[Array, ""]:
-    """A one that XLA cannot know to be one. What a product is multiplied by it before it is
-    added to anything, or XLA would leave its fast loop for one that adds, too."""
+    """A one that XLA cannot know to be one. A product is multiplied by it before it is
+    added to anything: else XLA would leave its fast loop for one that adds, too."""
     return 1 + 0 * jnp.nan_to_num(x[(0,) * x.ndim].astype(jnp.float32))
 
 

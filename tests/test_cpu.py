@@ -108,6 +108,17 @@ def test_one_token_attends_as_any(batch):
     led = jax.vmap(partial(cpu.attend, attend), (0, 0, 0, 0, None))
     out = jax.jit(led)(queries, keys, values, mask, jnp.int32(80))
     np.testing.assert_allclose(out, plain, atol=1e-5)
+    gradients = [
+        jax.jit(jax.grad(lambda q, k: jnp.sum(way(q, k) ** 2), argnums=(0, 1)))(
+            queries, keys
+        )
+        for way in (
+            lambda q, k: jax.vmap(attend)(q, k, values, mask),
+            lambda q, k: led(q, k, values, mask, jnp.int32(80)),
+        )
+    ]
+    for expected, found in zip(*gradients):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
