@@ -11,16 +11,16 @@ print(mx.generate(model, tokenizer, "To be, or not"))
 from .attention import Attention as Attention
 from .cache import Cache as Cache
 from .chat import Chat as Chat, chat as chat, encode_chat as encode_chat
-from .checkpoint import load_model as load_model
 from .config import ModelConfig as ModelConfig
-from .export import convert as convert, save as save
+from .devices.sharding import shard as shard
+from .files.checkpoint import load_model as load_model
+from .files.export import convert as convert, save as save
 from .generation import (
     decode as decode,
     decode_step as decode_step,
 )
 from .reading import prefill as prefill
 from .sampling import Sampling as Sampling
-from .sharding import shard as shard
 from .text import (
     Completion as Completion,
     beam_search as beam_search,

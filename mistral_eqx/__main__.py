@@ -19,8 +19,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from .devices.mesh import AXES, make_mesh, parse_mesh
+from .devices.processes import connect, wait_for_all
+from .devices.sharding import shard
 from .sampling import Sampling
-from .sharding import AXES, connect, make_mesh, parse_mesh, shard, wait_for_all
 from .text import TINY_MISTRAL, load
 from .tokenizer import Tokenizer
 from .transformer import Transformer
@@ -251,7 +253,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from .export import convert
+    from .files.export import convert
 
     convert(
         options.source,
@@ -264,7 +266,7 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from .inspection import inspect_folder
+    from .files.inspection import inspect_folder
 
     for name, value in inspect_folder(options.folder).items():
         print(f"{name:<12}{value}")
@@ -272,7 +274,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
 def _bench(options: argparse.Namespace) -> None:
     from .bench import SHAPES, bench, check_options, random_model, table
-    from .checkpoint import load_model
+    from .files.checkpoint import load_model
 
     if options.model is not None and options.shape is not None:
         raise ValueError("Give a model or --shape, not both.")
@@ -314,7 +316,7 @@ def _lengths(text: str | None) -> tuple[int, ...] | None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from .inspection import plan
+    from .files.inspection import plan
 
     told = plan(
         options.folder,
@@ -330,10 +332,10 @@ def _plan(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     import jax.numpy as jnp
 
-    from .checkpoint import read_config
-    from .export import save
+    from .files.checkpoint import read_config
+    from .files.export import save
+    from .learning.training import fit
     from .tokenizer import Tokenizer, check_vocabulary, train_tokenizer
-    from .training import fit
 
     out = Path(options.out)
     if out.exists():

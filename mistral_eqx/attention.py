@@ -10,9 +10,9 @@ import jax.random as jr
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int32, PRNGKeyArray
 
-from . import cpu
 from .cache import LayerCache
 from .config import Llama4Scaling, ModelConfig
+from .kernels import cpu
 from .layers import Linear, product
 from .rope import query_scale, rotate
 

@@ -15,9 +15,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32
 
 from .cache import Cache
+from .devices.processes import to_host
+from .devices.sharding import fill_rows, shard_cache
 from .generation import Continuation
 from .reading import check_prompts, forward, next_power_of_two, prefill
-from .sharding import fill_rows, shard_cache, to_host
 from .transformer import Transformer
 
 

@@ -20,14 +20,14 @@ import numpy as np
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
-from . import cpu
 from .cache import Cache
-from .checkpoint import weight_shapes
 from .config import ModelConfig
+from .devices.sharding import replicate, shard_rows
+from .files.checkpoint import weight_shapes
 from .generation import BLOCK, DecodeState, decode
+from .kernels import cpu
 from .reading import default_chunk, make_cache, next_power_of_two, prefill
 from .sampling import Sampling
-from .sharding import replicate, shard_rows
 from .transformer import Transformer
 
 

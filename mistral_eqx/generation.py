@@ -18,6 +18,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32, Key, PRNGKeyArray
 
 from .cache import Cache
+from .devices.processes import to_host
+from .devices.sharding import fill_rows, replicate, shard_rows
 from .reading import (
     ENDED,
     Scored,
@@ -28,7 +30,6 @@ from .reading import (
     prefill,
 )
 from .sampling import Sampling
-from .sharding import fill_rows, replicate, shard_rows, to_host
 from .transformer import Transformer
 
 

@@ -9,8 +9,8 @@ import jax.random as jr
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
-from . import cpu
-from .batching import batched_as
+from .kernels import cpu
+from .kernels.batching import batched_as
 
 
 def product(

@@ -12,11 +12,11 @@ import jax.random as jr
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
-from . import cpu
-from .batching import batched_as
 from .config import ModelConfig
+from .devices.experts import where_experts_are
+from .kernels import cpu
+from .kernels.batching import batched_as
 from .layers import FeedForward, Linear, product
-from .sharding import where_experts_are
 
 
 class MixtureOfExperts(eqx.Module):

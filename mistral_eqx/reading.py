@@ -13,9 +13,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float32, Int32
 from tqdm import tqdm
 
-from . import cpu
 from .cache import Cache, chunk_sizes
-from .sharding import shard_cache, shard_rows, stage_cache, to_host
+from .devices.processes import to_host
+from .devices.sharding import shard_cache, shard_rows
+from .devices.stages import stage_cache
+from .kernels import cpu
 from .transformer import Transformer
 
 

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from . import beams, generation, reading
 from .cache import Cache
-from .checkpoint import load_model, read_config
+from .files.checkpoint import load_model, read_config
 from .generation import Continuation
 from .reading import Scored
 from .sampling import Sampling

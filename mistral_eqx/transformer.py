@@ -9,14 +9,14 @@ import jax.random as jr
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Int32, PRNGKeyArray, PyTree
 
-from . import cpu
 from .attention import Attention
 from .cache import Cache, LayerCache
 from .config import ModelConfig
+from .devices.stages import Stages
+from .kernels import cpu
 from .layers import Embedding, FeedForward, Linear, RMSNorm, project
 from .moe import MixtureOfExperts
 from .rope import rotation
-from .sharding import Stages
 
 
 class TransformerBlock(eqx.Module):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mistral_eqx import ModelConfig, Transformer
-from mistral_eqx.checkpoint import weight_name
+from mistral_eqx.files.checkpoint import weight_name
 
 
 PARAMS = {

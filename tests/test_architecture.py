@@ -11,66 +11,92 @@ import mistral_eqx
 PACKAGE = Path(mistral_eqx.__file__).parent
 FLOORS = {
     "config": 0,
-    "batching": 0,
-    "cpu": 1,
+    "kernels.batching": 0,
+    "kernels.cpu": 1,
     "layers": 2,
     "sampling": 0,
-    "weights": 0,
+    "files.weights": 0,
+    "devices.processes": 0,
     "rope": 1,
     "cache": 1,
-    "huggingface": 1,
+    "devices.mesh": 1,
+    "files.huggingface": 1,
+    "devices.stages": 2,
+    "devices.experts": 2,
+    "devices.sharding": 3,
     "attention": 3,
-    "sharding": 2,
     "moe": 3,
     "transformer": 4,
-    "checkpoint": 5,
+    "files.checkpoint": 5,
     "reading": 5,
-    "training": 5,
+    "learning.training": 5,
     "generation": 6,
-    "export": 6,
+    "files.export": 6,
     "tokenizer": 6,
     "beams": 7,
-    "inspection": 7,
+    "files.inspection": 7,
+    "bench": 7,
     "text": 8,
     "chat": 9,
-    "bench": 7,
     "__main__": 10,
-    "__init__": 11,
 }
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+WINGS = ("kernels", "devices", "files", "learning")
+FILES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in PACKAGE.rglob("*.py")
+    if path.name != "__init__.py"
+}
 
 
 def imports(path):
     """The names of the modules of the package, and of other packages, that are imported."""
     own, other = set(), set()
+    here = path.relative_to(PACKAGE).parent.parts if path.is_relative_to(PACKAGE) else ()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             other |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             other.add(node.module.split(".")[0])
-        elif isinstance(node, ast.ImportFrom) and node.module is None:
-            own |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            own.add(node.module)
+            start = here[: len(here) - node.level + 1]
+            module = ".".join([*start, *([node.module] if node.module else [])])
+            # `from . import cpu` names a module, and `from .cpu import project` does not.
+            inside = [".".join(filter(None, (module, a.name))) for a in node.names]
+            own |= {name if name in FILES else module for name in inside}
     return own, other
 
 
 def test_every_module_has_a_floor():
-    assert set(MODULES) == set(FLOORS)
+    assert set(FILES) == set(FLOORS)
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", FLOORS)
 def test_imports_go_down(module):
-    own, other = imports(PACKAGE / f"{module}.py")
+    own, other = imports(FILES[module])
     assert all(FLOORS[name] < FLOORS[module] for name in own), own
     assert "mistral_eqx" not in other
     assert "one_file_ref" not in other
     # Only to read what torch wrote, and not before.
-    assert "torch" not in other or module == "weights"
+    assert "torch" not in other or module == "files.weights"
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_a_wing_has_a_map(wing):
+    """The docstring of a wing has a line for each of its modules, and fits a screen."""
+    text = ast.get_docstring(ast.parse((PACKAGE / wing / "__init__.py").read_text()))
+    modules = {path.name for path in (PACKAGE / wing).glob("*.py")} - {"__init__.py"}
+    assert all(f"| `{module}` |" in text for module in modules)
+    assert text.count("| `") == len(modules)
+    assert len(text.splitlines()) <= 40
+
+
+def test_only_devices_speaks_of_partition_specs():
+    for module, path in FILES.items():
+        assert module.startswith("devices.") or "PartitionSpec" not in path.read_text()
 
 
 def test_torch_is_not_imported_with_the_package():
-    tree = ast.parse((PACKAGE / "weights.py").read_text())
+    tree = ast.parse((PACKAGE / "files" / "weights.py").read_text())
     imported = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     assert not any("torch" in ast.unparse(node) for node in imported)
 

@@ -17,7 +17,7 @@ import mistral_eqx as mx
 from mistral_eqx import bench
 from mistral_eqx.__main__ import main
 from mistral_eqx.attention import visible
-from mistral_eqx.checkpoint import weight_shapes
+from mistral_eqx.files.checkpoint import weight_shapes
 
 
 PEERS = Path(__file__).parent / "benchmarks" / "peers.py"

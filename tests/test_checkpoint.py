@@ -13,8 +13,9 @@ import torch
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 from models import PARAMS, cast, random_model, random_tokens
 
-from mistral_eqx import Transformer, export, generation, load_model, save
-from mistral_eqx.checkpoint import weight_name
+from mistral_eqx import Transformer, generation, load_model, save
+from mistral_eqx.files import export
+from mistral_eqx.files.checkpoint import weight_name
 
 
 DTYPES = {"BF16": jnp.bfloat16, "F16": jnp.float16, "F32": jnp.float32}

@@ -11,8 +11,9 @@ import pytest
 from models import PARAMS
 
 import mistral_eqx as mx
-from mistral_eqx import export, training
 from mistral_eqx.__main__ import main, read_text, split_held_out
+from mistral_eqx.files import export
+from mistral_eqx.learning import training
 from mistral_eqx.text import TINY_MISTRAL
 
 

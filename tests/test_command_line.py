@@ -13,7 +13,7 @@ import pytest
 
 import mistral_eqx as mx
 from mistral_eqx.__main__ import main
-from mistral_eqx.checkpoint import read_config
+from mistral_eqx.files.checkpoint import read_config
 from mistral_eqx.text import TINY_MISTRAL
 
 

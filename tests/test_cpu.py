@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from models import cast, random_model
 
-from mistral_eqx import cpu, generation
+from mistral_eqx import generation
 from mistral_eqx.attention import attend
 from mistral_eqx.bench import decode_state
+from mistral_eqx.kernels import cpu
 from mistral_eqx.layers import project
 from mistral_eqx.reading import prefill
 

@@ -17,8 +17,8 @@ from models import random_model, random_tokens
 from worker import program
 
 import mistral_eqx as mx
+from mistral_eqx.learning.training import loss
 from mistral_eqx.text import TINY_MISTRAL
-from mistral_eqx.training import loss
 
 
 TESTS = Path(__file__).parent

@@ -23,17 +23,18 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from models import PARAMS, random_tokens
 
 import mistral_eqx
-from mistral_eqx import ModelConfig, checkpoint, convert, load_model, save, weights
+from mistral_eqx import ModelConfig, convert, load_model, save
 from mistral_eqx.__main__ import main
-from mistral_eqx.checkpoint import open_checkpoint, read_config, weight_shapes
 from mistral_eqx.config import Llama4Scaling, MoEConfig, Yarn
-from mistral_eqx.huggingface import (
+from mistral_eqx.files import checkpoint, weights
+from mistral_eqx.files.checkpoint import open_checkpoint, read_config, weight_shapes
+from mistral_eqx.files.huggingface import (
     config_from_json,
     config_to_json,
     huggingface_name,
     mistral_name,
 )
-from mistral_eqx.inspection import inspect_folder, variant
+from mistral_eqx.files.inspection import inspect_folder, variant
 
 
 YARN = Yarn(4.0, 16, 4.0, 0.5, False)

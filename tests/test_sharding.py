@@ -15,12 +15,13 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from models import random_model, random_tokens
 
 import mistral_eqx as mx
-from mistral_eqx import beams, generation, reading, sharding
+from mistral_eqx import beams, generation, reading
 from mistral_eqx.__main__ import main
 from mistral_eqx.bench import decode_state
-from mistral_eqx.inspection import plan
-from mistral_eqx.sharding import make_mesh, parse_mesh
-from mistral_eqx.training import fit, loss, start, train_step
+from mistral_eqx.devices import sharding, stages
+from mistral_eqx.devices.mesh import make_mesh, parse_mesh
+from mistral_eqx.files.inspection import plan
+from mistral_eqx.learning.training import fit, loss, start, train_step
 
 
 DENSE = ["data=8", "model=8", "data=2,model=4", "data=2,fsdp=2,model=2", "model=1"]
@@ -110,7 +111,7 @@ def test_training_step(mesh):
     close(value, other)
     for before, leaf in zip(jax.tree.leaves(plain), jax.tree.leaves(expected.model)):
         assert np.abs(np.asarray(before) - np.asarray(leaf)).max() > 1e-4
-    expected = sharding.in_stages(expected.model, mesh_of(mesh))
+    expected = stages.in_stages(expected.model, mesh_of(mesh))
     jax.tree.map(close, expected, found.model)
     # What a device holds stays its part, in the optimizer too.
     for tree in (found.model, found.optimizer_state[0].mu, found.optimizer_state[0].nu):
@@ -208,7 +209,7 @@ def abstract(mesh):
     ["model=8", "data=4,model=8", "fsdp=8", "fsdp=4,model=4", "pipe=4", "pipe=8,model=4"],
 )
 def test_a_device_holds_its_share_of_the_7b(mesh):
-    model = sharding.in_stages(skeleton(MISTRAL_7B), abstract(mesh))
+    model = stages.in_stages(skeleton(MISTRAL_7B), abstract(mesh))
     n = int(np.prod(list(parse_mesh(mesh).values()))) // parse_mesh(mesh).get("data", 1)
     places = sharding.shardings(model, abstract(mesh))
     share = jax.tree.map(lambda x, s: int(np.prod(s.shard_shape(x.shape))), model, places)
@@ -417,7 +418,7 @@ def test_fit_goes_on_where_it_was(tmp_path):
     whole = trained("data=2,fsdp=2", checkpoint=path)
     path.unlink()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mistral_eqx.training.train_step", _fail_at(2))
+        patch.setattr("mistral_eqx.learning.training.train_step", _fail_at(2))
         with pytest.raises(KeyboardInterrupt):
             trained("data=2,fsdp=2", checkpoint=path)
     resumed = trained("data=2,fsdp=2", checkpoint=path)
@@ -440,7 +441,7 @@ def _fail_at(step):
 @pytest.mark.parametrize("mesh", ["data=2,model=4", "fsdp=2,model=2"])
 def test_loading_reads_a_device_its_part(saved, mesh, monkeypatch):
     """Every byte that a device gets was read for it once, and no other."""
-    from mistral_eqx import weights
+    from mistral_eqx.files import weights
 
     read, count = weights._read_safetensors, [0]
 

@@ -19,8 +19,10 @@ from test_parity import (
 )
 
 import mistral_eqx as mx
-from mistral_eqx import Transformer, reading, sharding, training
-from mistral_eqx.training import (
+from mistral_eqx import Transformer, reading
+from mistral_eqx.devices import mesh as devices_mesh
+from mistral_eqx.learning import training
+from mistral_eqx.learning.training import (
     fit,
     loss,
     make_optimizer,
@@ -119,7 +121,7 @@ def test_one_batch_is_learnt_by_heart():
 def test_a_step_is_compiled_once(mesh, caplog):
     model = jax.device_put(small_model(norm_eps=3e-5), jax.devices()[0])
     if mesh is not None:
-        model = mx.shard(model, sharding.make_mesh(sharding.parse_mesh(mesh)))
+        model = mx.shard(model, devices_mesh.make_mesh(devices_mesh.parse_mesh(mesh)))
     with jax.log_compiles():
         fit(model, STREAM, STREAM, **OPTIONS | {"batch_size": 4})
     messages = [record.getMessage() for record in caplog.records]

@@ -14,8 +14,10 @@ import optax
 def program(folder):
     """What a model on a mesh over all devices makes."""
     import mistral_eqx as mx
-    from mistral_eqx import beams, generation, reading, sharding, weights
-    from mistral_eqx.training import start, train_step
+    from mistral_eqx import beams, generation, reading
+    from mistral_eqx.devices import sharding
+    from mistral_eqx.files import weights
+    from mistral_eqx.learning.training import start, train_step
 
     count, read = [0], weights._read_safetensors
 
@@ -79,7 +81,7 @@ def dying(folder, end):
 
 
 def main(folder, coordinator, n, process, end):
-    from mistral_eqx.sharding import connect
+    from mistral_eqx.devices.processes import connect
 
     # A machine with much to do is slow, and not dead.
     timeout = 20 if end == "stopped" else 200

@@ -140,7 +140,7 @@ class Package:
         import jax
         import jax.numpy as jnp
 
-        from mistral_eqx.training import make_optimizer, start, train_step
+        from mistral_eqx.learning.training import make_optimizer, start, train_step
 
         optimizer = make_optimizer(learning_rate=1e-3, steps=10**6, warmup=0)
         self.state = start(jax.tree.map(jnp.copy, self.model), optimizer)
@@ -513,7 +513,7 @@ def write_gguf(folder: str, path: str) -> None:
     import gguf
     import numpy as np
 
-    from mistral_eqx.checkpoint import open_checkpoint
+    from mistral_eqx.files.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(folder)
     config, bf16 = checkpoint.config, checkpoint.dtype != np.float32
@@ -858,7 +858,7 @@ def one(shape: str, dtype: str, what: dict, engines: list[str], options) -> dict
     import numpy as np
 
     from mistral_eqx.bench import SHAPES
-    from mistral_eqx.checkpoint import read_config
+    from mistral_eqx.files.checkpoint import read_config
     from mistral_eqx.text import TINY_MISTRAL
 
     config = read_config(TINY_MISTRAL) if shape == "tiny" else SHAPES[shape]

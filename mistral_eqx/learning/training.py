@@ -15,9 +15,10 @@ import optax
 from jaxtyping import Array, Float32, Int, Integer
 from tqdm import tqdm
 
-from .moe import load_balancing_loss
-from .sharding import n_row_groups, place_like, replicate, shard_rows, to_host
-from .transformer import Transformer
+from ..devices.processes import to_host
+from ..devices.sharding import n_row_groups, place_like, replicate, shard_rows
+from ..moe import load_balancing_loss
+from ..transformer import Transformer
 
 
 def loss(

@@ -14,13 +14,15 @@ from jax.sharding import AbstractMesh
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from .cache import Cache
+from ..cache import Cache
+from ..config import ModelConfig
+from ..devices.mesh import row_groups
+from ..devices.sharding import cache_shardings, shardings
+from ..devices.stages import in_stages, stage_cache
+from ..reading import default_chunk, next_power_of_two
+from ..tokenizer import check_vocabulary, load_tokenizer
+from ..transformer import Transformer
 from .checkpoint import open_checkpoint, read_config
-from .config import ModelConfig
-from .reading import default_chunk, next_power_of_two
-from .sharding import cache_shardings, in_stages, row_groups, shardings, stage_cache
-from .tokenizer import check_vocabulary, load_tokenizer
-from .transformer import Transformer
 
 
 GB = 10**9

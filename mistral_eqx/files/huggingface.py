@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .config import Llama4Scaling, ModelConfig, MoEConfig, Yarn
+from ..config import Llama4Scaling, ModelConfig, MoEConfig, Yarn
 from .weights import Index, StoredTensor
 
 

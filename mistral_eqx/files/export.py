@@ -14,6 +14,9 @@ import numpy as np
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
+from ..config import ModelConfig
+from ..devices.processes import to_host
+from ..transformer import Transformer
 from .checkpoint import (
     CONFIGS,
     HUGGINGFACE,
@@ -23,10 +26,7 @@ from .checkpoint import (
     weight_name,
     weight_shapes,
 )
-from .config import ModelConfig
 from .huggingface import config_to_json, huggingface_name, to_huggingface
-from .sharding import to_host
-from .transformer import Transformer
 from .weights import DTYPES, Index, StoredTensor, write_safetensors
 
 

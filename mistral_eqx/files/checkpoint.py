@@ -26,16 +26,17 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 from tqdm import tqdm
 
-from . import cpu
-from .config import ModelConfig
+from ..config import ModelConfig
+from ..devices.sharding import shardings as shardings_on
+from ..devices.stages import in_stages
+from ..kernels import cpu
+from ..transformer import Transformer
 from .huggingface import (
     config_from_json,
     from_huggingface,
     huggingface_name,
     unstack_experts,
 )
-from .sharding import in_stages, shardings as shardings_on
-from .transformer import Transformer
 from .weights import (
     DTYPES,
     Index,

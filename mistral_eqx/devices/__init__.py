@@ -1,0 +1,15 @@
+"""One model on many devices.
+
+A model and a mesh come in; a model comes out whose arrays are spread over the mesh. The
+engine then puts caches and batches where the model needs them.
+
+| module | what it is |
+|---|---|
+| `mesh.py` | the axes of a mesh, and which sizes a model can be divided by |
+| `sharding.py` | which part of every weight, cache and batch each device holds |
+| `stages.py` | pipeline parallelism: layers in stages, batches in microbatches |
+| `experts.py` | expert parallelism: each device computes what its own experts contribute |
+| `processes.py` | several hosts: how processes find each other, and share arrays |
+"""
+
+from .processes import connect as connect

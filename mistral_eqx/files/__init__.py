@@ -1,0 +1,13 @@
+"""Folders of weights, in and out, in Mistral's format and in Hugging Face's.
+
+A folder comes in; a model comes out whose arrays were read straight to their devices. A
+model goes out as a folder that other programs read.
+
+| module | what it is |
+|---|---|
+| `weights.py` | tensors in files of any format, read a slice at a time |
+| `huggingface.py` | Hugging Face's names, its order of rows, and its `config.json` |
+| `checkpoint.py` | a folder: opened, checked, loaded |
+| `export.py` | a folder: written, or converted to the other format |
+| `inspection.py` | what a folder holds, and what it needs on a mesh, without its weights |
+"""

@@ -1,0 +1,6 @@
+"""Training. A model and two streams of token ids come in; a trained model comes out.
+
+| module | what it is |
+|---|---|
+| `training.py` | the loss, one step, and a loop that goes on after it was killed |
+"""
