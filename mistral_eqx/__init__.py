@@ -16,6 +16,7 @@ from .devices.sharding import shard as shard
 from .files.checkpoint import load_model as load_model
 from .files.export import convert as convert, save as save
 from .generation import (
+    DecodeState as DecodeState,
     decode as decode,
     decode_step as decode_step,
 )

@@ -27,7 +27,6 @@ from .files.checkpoint import weight_shapes
 from .generation import BLOCK, DecodeState, decode
 from .kernels import cpu
 from .reading import default_chunk, make_cache, next_power_of_two, prefill
-from .sampling import Sampling
 from .transformer import Transformer
 
 
@@ -326,11 +325,18 @@ def _run(
     cache, logits = jax.block_until_ready(prefill(model, prompts, max_tokens=tokens))
     read = time.perf_counter()
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(cache.layers))
-    state, choice = decode(model, decode_state(model, cache, logits, tokens), jnp.int32(1))
+    state, choice = decode(model, _greedy(model, cache, logits, tokens), jnp.int32(1))
     jax.block_until_ready(choice)
     chosen = time.perf_counter()
     _decode(model, state, tokens - 1)
     return (read - start, chosen - read, time.perf_counter() - chosen), size
+
+
+def _greedy(
+    model: Transformer, cache: Cache, logits: jax.Array, tokens: int
+) -> DecodeState:
+    """A state that makes so many tokens in each row and has not ended then."""
+    return DecodeState.start(model, cache, logits, max_tokens=tokens + 1, key=jr.key(0))
 
 
 def _decode(model: Transformer, state: DecodeState, steps: int) -> DecodeState:
@@ -355,7 +361,7 @@ def _time_at(model: Transformer, batch: int, length: int, repeats: int) -> dict[
     cache = eqx.tree_at(lambda c: c.length, cache, replicate(jnp.int32(begin), model))
     logits = jnp.zeros((batch, model.config.vocab_size), jnp.float32)
     logits = shard_rows(logits, model)
-    state = decode_state(model, cache, logits, (repeats + 1) * steps)
+    state = _greedy(model, cache, logits, (repeats + 1) * steps)
     state = _decode(model, state, steps)
     seconds = []
     for _ in range(repeats):
@@ -363,21 +369,6 @@ def _time_at(model: Transformer, batch: int, length: int, repeats: int) -> dict[
         state = _decode(model, state, steps)
         seconds.append((time.perf_counter() - start) / steps)
     return _spread(np.array(seconds))
-
-
-def decode_state(
-    model: Transformer, cache: Cache, logits: jax.Array, tokens: int
-) -> DecodeState:
-    """Ready to make so many tokens in each row, greedily. It takes the cache over."""
-    batch, vocab = logits.shape
-    rows = {
-        "remaining": jnp.full(batch, tokens + 1, jnp.int32),
-        "ended": jnp.zeros(batch, bool),
-        "keys": jr.split(jr.key(0), batch),
-        "seen": jnp.zeros((batch, vocab), bool),
-    }
-    shared = {"sampling": Sampling(), "eos_ids": jnp.full(1, -1, jnp.int32)}
-    return DecodeState(cache, logits, **shard_rows(rows, model), **replicate(shared, model))
 
 
 def _contexts(

@@ -2,7 +2,16 @@
 
 Whatever the prompts and the options are, the same few programs run: one for each size of
 chunk, and one that decodes a block of tokens. `prefill` fills a cache, `decode` continues
-it, `stream` and `generate` do both.
+it, `stream` and `generate` do both. To write a loop of your own:
+
+```python
+cache, logits = mx.prefill(model, prompts, max_tokens=20)
+state = mx.DecodeState.start(model, cache, logits, max_tokens=20, key=jax.random.key(0))
+step = jax.jit(mx.decode_step, donate_argnums=1)
+while not state.ended.all():
+    state, choice = step(model, state)
+    print(choice.tokens)  # one id a row, -1 in rows that have ended
+```
 """
 
 import collections
@@ -48,7 +57,19 @@ class Choice(eqx.Module):
 
 
 class DecodeState(eqx.Module):
-    """Everything that the next step of a batch depends on, the model apart."""
+    """Everything that the next step of a batch depends on, the model apart.
+
+    **Attributes:**
+
+    - `cache`: what the rows have so far.
+    - `logits`: of the next token of each row.
+    - `remaining`: how many tokens each row may still make.
+    - `ended`: which rows make no more.
+    - `keys`: one a row. The key of a draw is made from it and the token's position.
+    - `sampling`, `eos_ids`: how tokens are chosen, and which of them end a row.
+    - `seen`: which ids a row has already, for the repetition penalty.
+    - `alternatives`: how many of the most probable tokens are told at each place.
+    """
 
     cache: Cache
     logits: Float32[Array, "batch vocab"]
@@ -57,9 +78,59 @@ class DecodeState(eqx.Module):
     keys: Key[Array, "batch"]
     sampling: Sampling
     eos_ids: Int32[Array, "eos"]
-    # Which ids a row has, for the repetition penalty; without, there is none.
-    seen: Bool[Array, "batch vocab"] | None = None
+    seen: Bool[Array, "batch vocab"]
     alternatives: int = eqx.field(static=True, default=0)
+
+    @staticmethod
+    def start(
+        model: Transformer,
+        cache: Cache,
+        logits: Float32[Array, "batch vocab"],
+        *,
+        max_tokens: int | Sequence[int],
+        prompts: Sequence[Sequence[int]] | None = None,
+        sampling: Sampling | None = None,
+        eos_ids: Sequence[int] = (),
+        alternatives: int = 0,
+        key: PRNGKeyArray,
+    ) -> "DecodeState":
+        """The state in which decoding begins, on the devices that the model is on.
+
+        **Arguments:**
+
+        - `model`: any.
+        - `cache`, `logits`: as [`prefill`][] returns them. The cache is donated to
+            [`decode`][].
+        - `max_tokens`: the most tokens to make: one number, or one a row.
+        - `prompts`: the ids that each row has already. The repetition penalty counts them,
+            and equal prompts get different draws. Without them every row counts as a copy
+            of the same empty prompt.
+        - `sampling`, `eos_ids`, `alternatives`, `key`: see [`stream`][].
+
+        **Raises:**
+
+        `ValueError` for a `max_tokens` or `alternatives` outside its range.
+        """
+        batch, vocab_size = logits.shape
+        budgets = np.asarray(_budgets(max_tokens, batch), np.int32)
+        check_alternatives(alternatives, vocab_size)
+        prompts = [()] * batch if prompts is None else prompts
+        seen = np.zeros((batch, vocab_size), bool)
+        for row, prompt in zip(seen, prompts, strict=True):
+            row[list(prompt)] = True
+        rows = {
+            "remaining": jnp.asarray(budgets),
+            "ended": jnp.asarray(budgets == 0),
+            "keys": _row_keys(key, prompts),
+            "seen": jnp.asarray(seen),
+        }
+        shared = {
+            # A copy, because the state is donated and the options are the caller's.
+            "sampling": jax.tree.map(jnp.copy, sampling or Sampling()),
+            "eos_ids": jnp.asarray(list(eos_ids) or [-1], jnp.int32),
+        }
+        rows, shared = shard_rows(rows, model), replicate(shared, model)
+        return DecodeState(cache, logits, **rows, **shared, alternatives=alternatives)
 
 
 @dataclasses.dataclass
@@ -102,16 +173,13 @@ def decode_step(model: Transformer, state: DecodeState) -> tuple[DecodeState, Ch
     padding = jnp.where(state.ended, ENDED, state.cache.padding)
     cache = eqx.tree_at(lambda cache: cache.padding, state.cache, padding)
     cache, logits = forward(model, cache, tokens[:, None])
-    seen = state.seen
-    if seen is not None:
-        ids = jnp.arange(seen.shape[1], dtype=jnp.int32)
-        seen = seen | (ids[None, :] == tokens[:, None])
+    ids = jnp.arange(state.seen.shape[1], dtype=jnp.int32)
+    seen = state.seen | (ids[None, :] == tokens[:, None])
     remaining = state.remaining - 1
     state = eqx.tree_at(
         lambda s: (s.cache, s.logits, s.seen, s.remaining, s.ended),
         state,
         (cache, logits, seen, remaining, ended | (remaining <= 0)),
-        is_leaf=lambda x: x is None,
     )
     return state, choice
 
@@ -204,25 +272,16 @@ def stream(
     budgets += [0] * n_filled
     follow = prompts if prefix is None else _after(prefix, prompts)
     cache, logits = prefill(model, follow, cache=prefix, max_tokens=most, chunk=chunk)
-    seen = np.zeros(logits.shape, bool)
-    for row, prompt in zip(seen, prompts):
-        row[list(prompt)] = True
-    rows = {
-        "remaining": jnp.asarray(budgets, jnp.int32),
-        "ended": jnp.asarray(np.asarray(budgets) == 0),
-        "seen": jnp.asarray(seen),
-        "keys": _row_keys(key, prompts),
-    }
-    state = DecodeState(
+    state = DecodeState.start(
+        model,
         cache,
         logits,
-        **shard_rows(rows, model),
-        # A copy, since the state is donated and the caller's options are not ours to give.
-        sampling=replicate(
-            jax.tree.map(jnp.copy, Sampling() if sampling is None else sampling), model
-        ),
-        eos_ids=replicate(jnp.asarray(list(eos_ids) or [-1], jnp.int32), model),
+        max_tokens=budgets,
+        prompts=prompts,
+        sampling=sampling,
+        eos_ids=eos_ids,
         alternatives=alternatives,
+        key=key,
     )
     left = list(budgets)
     # The next block is under way before one is looked at, so that the device does not

@@ -87,15 +87,7 @@ def test_prefixes_of_several_rows():
 
 def decoded(model, prompts, budgets):
     cache, logits = prefill(model, prompts, max_tokens=40)
-    state = DecodeState(
-        cache,
-        logits,
-        remaining=jnp.asarray(budgets, jnp.int32),
-        ended=jnp.zeros(len(prompts), bool),
-        keys=jr.split(jr.key(0), len(prompts)),
-        sampling=Sampling(),
-        eos_ids=jnp.array([-1], jnp.int32),
-    )
+    state = DecodeState.start(model, cache, logits, max_tokens=budgets, key=jr.key(0))
     state, block = decode(model, state, jnp.int32(20))
     return state.cache, np.asarray(block.tokens)
 

@@ -11,7 +11,6 @@ from models import cast, random_model
 
 from mistral_eqx import generation
 from mistral_eqx.attention import attend
-from mistral_eqx.bench import decode_state
 from mistral_eqx.kernels import cpu
 from mistral_eqx.layers import project
 from mistral_eqx.reading import prefill
@@ -129,7 +128,7 @@ def test_decoding_copies_neither_weights_nor_cache(dtype, batch):
         random_model(dim=128, vocab_size=32768, sliding_window=None, head_dim=64), dtype
     )
     cache, logits = prefill(model, [[1, 2, 3]] * batch, max_tokens=2048)
-    state = decode_state(model, cache, logits, 9)
+    state = generation.DecodeState.start(model, cache, logits, max_tokens=10, key=jr.key(0))
     compiled = generation.decode.lower(model, state, jnp.int32(9)).compile()
     ring = cache.layers[0].keys
     assert ring.dtype == jnp.float32

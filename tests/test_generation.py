@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from models import PARAMS, random_model, random_tokens
 
+import mistral_eqx as mx
 from mistral_eqx import Sampling, Transformer, decode, generation, prefill, reading
 from mistral_eqx.generation import BLOCK, DecodeState
 from mistral_eqx.reading import default_chunk
@@ -44,14 +45,8 @@ def score(model, tokens, **options):
 def begin(model, prompts, *, max_tokens, eos_ids=(-1,)):
     """The state that a generation of `max_tokens` begins in."""
     cache, logits = prefill(model, prompts, max_tokens=max_tokens)
-    return DecodeState(
-        cache,
-        logits,
-        remaining=jnp.full(len(prompts), max_tokens, jnp.int32),
-        ended=jnp.zeros(len(prompts), bool),
-        keys=jax.random.split(KEY, len(prompts)),
-        sampling=Sampling(),
-        eos_ids=jnp.array(eos_ids, jnp.int32),
+    return DecodeState.start(
+        model, cache, logits, max_tokens=max_tokens, eos_ids=eos_ids, key=KEY
     )
 
 
@@ -313,6 +308,21 @@ def test_window_of_one():
     np.testing.assert_allclose(logits[0], logits[1], atol=1e-4)
     rows = generate(model, [TEXT, TEXT[-1:]], max_tokens=8)
     assert rows[0] == rows[1]
+
+
+def test_a_loop_of_ones_own():
+    """The example at the head of `generation.py` makes what `generate` makes."""
+    model = random_model()
+    cache, logits = prefill(model, PROMPTS, max_tokens=20)
+    state = DecodeState.start(
+        model, cache, logits, max_tokens=[20, 3, 20, 0], prompts=PROMPTS, key=KEY
+    )
+    step, made = jax.jit(mx.decode_step, donate_argnums=1), []
+    while not state.ended.all():
+        state, choice = step(model, state)
+        made.append(np.asarray(choice.tokens))
+    rows = [[int(token) for token in row if token >= 0] for row in np.array(made).T]
+    assert rows == generate(model, PROMPTS, max_tokens=[20, 3, 20, 0])
 
 
 BAD_PROMPTS = {

@@ -17,7 +17,6 @@ from models import random_model, random_tokens
 import mistral_eqx as mx
 from mistral_eqx import beams, generation, reading
 from mistral_eqx.__main__ import main
-from mistral_eqx.bench import decode_state
 from mistral_eqx.devices import sharding, stages
 from mistral_eqx.devices.mesh import make_mesh, parse_mesh
 from mistral_eqx.files.inspection import plan
@@ -242,7 +241,7 @@ def collectives(compiled):
 def test_collectives_of_decode(mesh):
     model, sizes = sharded(mesh), parse_mesh(mesh.removeprefix("moe "))
     cache, logits = mx.prefill(model, [random_tokens(3)] * 8, max_tokens=4, chunk=4)
-    state = decode_state(model, cache, logits, 4)
+    state = mx.DecodeState.start(model, cache, logits, max_tokens=5, key=jax.random.key(0))
     places = [leaf.sharding for leaf in jax.tree.leaves(state)]
     compiled = generation.decode.lower(model, state, jnp.int32(4)).compile()
     expected = {}

@@ -110,7 +110,6 @@ class Package:
         """Times the program that `stream` and `generate` call for each block."""
         import jax.numpy as jnp
 
-        from mistral_eqx.bench import decode_state
         from mistral_eqx.generation import decode
 
         prompts = [prompt[:PROMPT] for prompt in self.job.prompts[:rows]]
@@ -118,7 +117,9 @@ class Package:
 
         def prepare():
             cache, logits = self.mx.prefill(self.model, prompts, max_tokens=first + steps)
-            state = decode_state(self.model, cache, logits, first + steps)
+            state = self.mx.DecodeState.start(
+                self.model, cache, logits, max_tokens=first + steps + 1, key=self.key
+            )
             state, choice = decode(self.model, state, jnp.int32(first))
             choice.tokens.block_until_ready()
             return state
