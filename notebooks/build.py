@@ -89,11 +89,16 @@ def execute(
     # Compiled programs kept from an earlier run would make the first call look short.
     env = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false", **env}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # At Ctrl-C nbclient notes that it ends the kernel, goes on, and stumbles over the kernel's
+    # absence somewhere: where depends on how far the kernel had ended.
+    interrupted = lambda: getattr(client, "_async_cleanup_kernel_future", None) is not None
     try:
         client.execute(env=env)
-    except (AssertionError, AttributeError):
-        # At Ctrl-C nbclient ends the kernel, goes on, and stumbles over its absence.
-        raise KeyboardInterrupt("while a notebook ran") from None
+    except Exception:
+        if not interrupted():
+            raise
+    if interrupted():
+        raise KeyboardInterrupt("while a notebook ran")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
     return notebook, cpu

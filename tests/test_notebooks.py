@@ -137,13 +137,13 @@ def test_bounds_are_compared():
 
 @pytest.mark.parametrize("sign", ["SIGINT", "SIGTERM"])
 def test_interrupted_run_says_so(sign):
-    cell = f"import os, signal, time\nos.kill(os.getppid(), signal.{sign})\ntime.sleep(60)"
+    cell = f"import os, signal, time\nos.kill(os.getppid(), signal.{sign})\ntime.sleep(120)"
     run = (
         "import build, signal, nbformat.v4 as v4\n"
         # What is started in the background may have been told to ignore it.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"notebook = v4.new_notebook(cells=[v4.new_code_cell({cell!r})])\n"
-        "build.execute(notebook, timeout=60, env={})"
+        "build.execute(notebook, timeout=120, env={})"
     )
     ended = subprocess.run(
         [sys.executable, "-c", run], cwd=NOTEBOOKS, capture_output=True, text=True
