@@ -143,34 +143,20 @@ _LAYER = re.compile(r"layers\.(\d+)\.")
 _STAGED = re.compile(r"layers\.blocks\.(\d+)\.(.*)")
 
 
+@functools.lru_cache(maxsize=16)
+def skeleton(config: ModelConfig) -> Transformer:
+    """The model without any numbers: every array is a shape and a dtype."""
+    return eqx.filter_eval_shape(Transformer, config, key=jr.key(0))
+
+
 def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The name and the shape of every weight, as Mistral's files have them."""
-    dim, hidden, vocab = config.dim, config.hidden_dim, config.vocab_size
-    queries, keys = (n * config.head_dim for n in (config.n_heads, config.n_kv_heads))
-    matrices = {"w1": (hidden, dim), "w2": (dim, hidden), "w3": (hidden, dim)}
-    shapes = {"tok_embeddings.weight": (vocab, dim)}
-    for i in range(config.n_layers):
-        layer = f"layers.{i}"
-        shapes |= {
-            f"{layer}.attention.wq.weight": (queries, dim),
-            f"{layer}.attention.wk.weight": (keys, dim),
-            f"{layer}.attention.wv.weight": (keys, dim),
-            f"{layer}.attention.wo.weight": (dim, queries),
-        }
-        networks = [f"{layer}.feed_forward"]
-        if config.moe is not None:
-            shapes[f"{layer}.feed_forward.gate.weight"] = (config.moe.num_experts, dim)
-            experts = range(config.moe.num_experts)
-            networks = [f"{layer}.feed_forward.experts.{expert}" for expert in experts]
-        for network in networks:
-            for matrix, shape in matrices.items():
-                shapes[f"{network}.{matrix}.weight"] = shape
-        shapes[f"{layer}.attention_norm.weight"] = (dim,)
-        shapes[f"{layer}.ffn_norm.weight"] = (dim,)
-    shapes["norm.weight"] = (dim,)
-    if not config.tied_embeddings:
-        shapes["output.weight"] = (vocab, dim)
-    return shapes
+    leaves, _ = jax.tree_util.tree_flatten_with_path(skeleton(config))
+    return {
+        name: leaf.shape[len(index) :]
+        for path, leaf in leaves
+        for name, index in stored_parts(weight_name(path), leaf.shape, config).items()
+    }
 
 
 def weight_name(path: tuple) -> str:
@@ -282,11 +268,11 @@ def load_model(
     checkpoint = open_checkpoint(folder)
     checkpoint.check()
     config, tensors = checkpoint.config, checkpoint.tensors
-    skeleton = eqx.filter_eval_shape(Transformer, config, key=jr.key(0))
+    model = skeleton(config)
     if mesh is not None:
-        skeleton = in_stages(skeleton, mesh)
-        shardings = shardings_on(skeleton, mesh)
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(skeleton)
+        model = in_stages(model, mesh)
+        shardings = shardings_on(model, mesh)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(model)
     if shardings is None:
         shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     if isinstance(shardings, jax.sharding.Sharding):
