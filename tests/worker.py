@@ -1,4 +1,4 @@
-"""A program for one process or several; run by test_distributed.py."""
+"""A program for one process or several; run by devices/test_distributed.py."""
 
 import json
 import os

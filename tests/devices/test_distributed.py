@@ -21,7 +21,7 @@ from mistral_eqx.learning.training import loss
 from mistral_eqx.text import TINY_MISTRAL
 
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 DEADLINE = 240
 ENVIRONMENT = os.environ | {
     "JAX_PLATFORMS": "cpu",
