@@ -1,57 +1,23 @@
 """Mistral's `one_file_ref.py` in JAX and Equinox, to be read beside the original.
 
-Follows `one_file_ref.py` of mistralai/mistral-inference at commit b818190 (Apache License
-2.0): the same classes, functions and names in the same order, from `ModelArgs` to `demo`.
+The original is `one_file_ref.py` of mistralai/mistral-inference at commit b818190 (Apache
+License 2.0). From `ModelArgs` to `demo` this file has its classes, functions and names.
 
     python one_file_ref.py [MODEL_DIR] [--max_tokens 35]
 
-MODEL_DIR is a folder in Mistral's own format: params.json, tokenizer.model, and
-consolidated.safetensors or consolidated.00.pth (which needs PyTorch to be read). Without it
-the small model of this repository runs.
+Without a folder (in Mistral's own format) the model of this repository runs. `# JAX:` marks
+a departure where it stands. In general:
 
-Departures. What JAX makes different:
-
-- Modules are `eqx.Module`s: their fields are declared, whatever is not an array is static,
-  `layers` is a tuple, `ModelArgs` is frozen, and `__call__` is `forward`. `Linear`,
-  `view_as_complex` and `view_as_real` stand in for what torch brings along; jaxtyping's
-  annotations for asserted and commented shapes.
-- Nothing is mutated: `forward` takes the cache and returns it with its result.
-  `empty_cache` allocates it, for the batch at hand and in the dtype of the weights, so
-  `max_batch_size` is gone.
-- Decoding attends to every slot of the cache and masks those not yet written, where the
-  reference slices `[:, :cur_pos]`: shapes are fixed, so `Transformer.forward`, which is
-  jitted, is traced once for all decoding steps.
-- `precompute_freqs_cis` takes the positions wanted, and `Transformer` calls it at each step
-  in place of storing 128,000 rows, which would be a leaf of the model though no weight of
-  it, or a constant in each compiled function.
-- Random initialisation takes an explicit `key`. `from_folder` skips it and fills a skeleton
-  without data. There is no device to choose; `dtype` is float32 on a CPU and the
-  checkpoint's own elsewhere, unless given.
-- `generate` pads the prompts on the host, in NumPy.
-
-What later checkpoints and a command of its own need:
-
-- `sliding_window` may be null or absent (v0.2, v0.3): no band in the mask, and a cache as
-  long as the text.
-- `rope_theta` is read from params.json; without it, it is 1e4 if there is a window (v0.1)
-  and 1e6 if not.
-- consolidated.safetensors is read, and preferred where both files are present;
-  tokenizer.model.v3 stands in for a missing tokenizer.model.
-- Configuration, files and prompts are checked; `BadModelError` says what is wrong with a
-  model.
-- `argparse` in place of `fire`, and progress while a large model is loaded.
-
-One thing that is kept though it looks wrong: past the window, prefill attends to one key
-more than decoding does. See the mask in `Transformer.forward`.
-
-On a GPU or TPU, float32 products are exact only under
-`jax.default_matmul_precision("highest")`.
+- Modules are `eqx.Module`s. Their fields are declared; what is not an array is static.
+- `forward` mutates nothing: it takes the cache and returns it with its result.
+- Later checkpoints load too: without a window, with a `rope_theta`, as safetensors.
+- On a GPU or TPU, float32 is exact under `jax.default_matmul_precision("highest")` only.
 """
 
 import argparse
 import json
 import math
-import textwrap
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -69,13 +35,25 @@ from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
 
+Tokens = Int[Array, "bsz seqlen"]
+Logits = Float32[Array, "bsz seqlen vocab_size"]
+Hidden = Float[Array, "bsz seqlen dim"]
+Heads = Float[Array, "bsz seqlen n_heads head_dim"]
+KVHeads = Float[Array, "bsz seqlen n_kv_heads head_dim"]
+Freqs = Complex64[Array, "seqlen half"]
+Positions = Int[Array, "seqlen"]
+Mask = Float[Array, "seqlen seqlen"] | None
+# JAX: cache_k and cache_v of one layer, which the reference keeps in Attention
+CachedHeads = Float[Array, "bsz slots n_kv_heads head_dim"]
+Cache = tuple[CachedHeads, CachedHeads]
+
+
 class BadModelError(ValueError):
-    """A model that cannot be used, said in one line to whoever named its folder."""
+    """Says in one line why a model cannot be used."""
 
 
+# JAX: torch brings the next four along. This is torch.nn.Linear without a bias.
 class Linear(eqx.Module):
-    """torch.nn.Linear without a bias, on any number of leading axes."""
-
     weight: Float[Array, "out in"]
 
     def __init__(self, in_features: int, out_features: int, *, key: PRNGKeyArray) -> None:
@@ -86,12 +64,9 @@ class Linear(eqx.Module):
         return jnp.einsum("...i,oi->...o", x, self.weight)
 
 
-def view_as_complex(x: Float32[Array, "*batch 2"]) -> Complex64[Array, "*batch"]:
-    return jax.lax.complex(x[..., 0], x[..., 1])
-
-
-def view_as_real(x: Complex64[Array, "*batch"]) -> Float32[Array, "*batch 2"]:
-    return jnp.stack([x.real, x.imag], axis=-1)
+view_as_complex = lambda x: jax.lax.complex(x[..., 0], x[..., 1])
+view_as_real = lambda x: jnp.stack([x.real, x.imag], axis=-1)
+gather = lambda x, index: jnp.take_along_axis(x, index[..., None], axis=-1).squeeze(-1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,49 +78,37 @@ class ModelArgs:
     n_heads: int
     n_kv_heads: int
     sliding_window: int | None = None
-    norm_eps: float
+    norm_eps: float | int
     vocab_size: int
-
-    rope_theta: float | None = None
+    # JAX: in later checkpoints; v0.1, which has a window, leaves out its theta of 1e4
+    rope_theta: float | int | None = None
 
     def __post_init__(self) -> None:
         if self.rope_theta is None:
-            # v0.1 has a window and names no theta; without a window came the larger theta
             object.__setattr__(self, "rope_theta", 1e4 if self.sliding_window else 1e6)
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{field.name} must be positive, not {value}")
-        if self.n_heads % self.n_kv_heads != 0:
-            raise ValueError(
-                f"n_kv_heads={self.n_kv_heads} must divide n_heads={self.n_heads}"
-            )
-        if self.head_dim % 2 != 0:
-            raise ValueError(f"head_dim={self.head_dim} must be even")
-
-
-Heads = Float[Array, "bsz seqlen n_heads head_dim"]
-KVHeads = Float[Array, "bsz seqlen n_kv_heads head_dim"]
+            known = isinstance(value, field.type) and value is not True
+            if not known or (value is not None and not 0 < value < math.inf):
+                raise ValueError(f"{field.name} cannot be {value!r}")
+        if self.n_heads % self.n_kv_heads != 0 or self.head_dim % 2 != 0:
+            numbers = f"{self.n_heads}, {self.n_kv_heads}, {self.head_dim}"
+            raise ValueError(f"n_heads, n_kv_heads, head_dim cannot be {numbers}")
 
 
 def repeat_kv(keys: KVHeads, values: KVHeads, repeats: int) -> tuple[Heads, Heads]:
-    keys = jnp.repeat(keys, repeats, axis=2)
-    values = jnp.repeat(values, repeats, axis=2)
-    return keys, values
+    return jnp.repeat(keys, repeats, axis=2), jnp.repeat(values, repeats, axis=2)
 
 
 def _reshape_for_broadcast(
-    freqs_cis: Complex64[Array, "seqlen half"],
-    x: Complex64[Array, "bsz seqlen n_heads half"],
+    freqs_cis: Freqs, x: Complex64[Array, "bsz seqlen n_heads half"]
 ) -> Complex64[Array, "1 seqlen 1 half"]:
     ndim = x.ndim
     shape = [d if i == 1 or i == ndim - 1 else 1 for i, d in enumerate(x.shape)]
     return freqs_cis.reshape(shape)
 
 
-def apply_rotary_emb(
-    xq: Heads, xk: KVHeads, freqs_cis: Complex64[Array, "seqlen half"]
-) -> tuple[Heads, KVHeads]:
+def apply_rotary_emb(xq: Heads, xk: KVHeads, freqs_cis: Freqs) -> tuple[Heads, KVHeads]:
     # pairs are neighbours, (x[2i], x[2i+1]); Hugging Face pairs x[i] with x[i + head_dim/2]
     # and permutes the weights to match
     xq_ = view_as_complex(xq.astype(jnp.float32).reshape(*xq.shape[:-1], -1, 2))
@@ -156,19 +119,11 @@ def apply_rotary_emb(
     return xq_out.astype(xq.dtype), xk_out.astype(xk.dtype)
 
 
-# cache_k and cache_v of one layer
-Cache = tuple[
-    Float[Array, "bsz slots n_kv_heads head_dim"],
-    Float[Array, "bsz slots n_kv_heads head_dim"],
-]
-
-
 class Attention(eqx.Module):
     args: ModelArgs = eqx.field(static=True)
     n_heads: int = eqx.field(static=True)
     n_kv_heads: int = eqx.field(static=True)
     repeats: int = eqx.field(static=True)
-    sliding_window: int | None = eqx.field(static=True)
     scale: float = eqx.field(static=True)
     wq: Linear
     wk: Linear
@@ -177,80 +132,51 @@ class Attention(eqx.Module):
 
     def __init__(self, args: ModelArgs, *, key: PRNGKeyArray) -> None:
         self.args = args
-
         self.n_heads = args.n_heads
         self.n_kv_heads = args.n_kv_heads
-
         self.repeats = self.n_heads // self.n_kv_heads
-        self.sliding_window = self.args.sliding_window
-
         self.scale = self.args.head_dim**-0.5
-
         q_key, k_key, v_key, o_key = jax.random.split(key, 4)
         self.wq = Linear(args.dim, args.n_heads * args.head_dim, key=q_key)
         self.wk = Linear(args.dim, args.n_kv_heads * args.head_dim, key=k_key)
         self.wv = Linear(args.dim, args.n_kv_heads * args.head_dim, key=v_key)
         self.wo = Linear(args.n_heads * args.head_dim, args.dim, key=o_key)
 
-    def empty_cache(self, bsz: int, seqlen: int) -> Cache:
-        # without a window no slot may be overwritten
-        slots = seqlen if self.sliding_window is None else self.sliding_window
-        shape = (bsz, slots, self.n_kv_heads, self.args.head_dim)
-        cache_k = jnp.zeros(shape, self.wk.weight.dtype)
-        cache_v = jnp.zeros(shape, self.wv.weight.dtype)
-        return cache_k, cache_v
-
     def forward(
-        self,
-        x: Float[Array, "bsz seqlen dim"],
-        freqs_cis: Complex64[Array, "seqlen half"],
-        positions: Int[Array, "seqlen"],
-        mask: Float[Array, "seqlen seqlen"] | None,
-        cache: Cache,
-    ) -> tuple[Float[Array, "bsz seqlen dim"], Cache]:
-
+        self, x: Hidden, freqs_cis: Freqs, positions: Positions, mask: Mask, cache: Cache
+    ) -> tuple[Hidden, Cache]:
         bsz, seqlen, _ = x.shape
         cache_k, cache_v = cache
         slots = cache_k.shape[1]
-
         xq, xk, xv = self.wq(x), self.wk(x), self.wv(x)
         xq = xq.reshape(bsz, seqlen, self.n_heads, self.args.head_dim)
         xk = xk.reshape(bsz, seqlen, self.n_kv_heads, self.args.head_dim)
         xv = xv.reshape(bsz, seqlen, self.n_kv_heads, self.args.head_dim)
         xq, xk = apply_rotary_emb(xq, xk, freqs_cis=freqs_cis)
-
         # The cache is a rotating buffer
-        # Only the last positions are written: of two writes to one slot, JAX does not say
-        # which wins
+        # JAX: a slot is written once, because the order of two writes is not defined
         scatter_pos = positions[-slots:] % slots
         cache_k = cache_k.at[:, scatter_pos].set(xk[:, -slots:], unique_indices=True)
         cache_v = cache_v.at[:, scatter_pos].set(xv[:, -slots:], unique_indices=True)
-
         if positions.shape[0] > 1:
             # prefill
             key, value = repeat_kv(xk, xv, self.repeats)
         else:
             cur_pos = positions[-1] + 1
             key, value = repeat_kv(cache_k, cache_v, self.repeats)
+            # JAX: the reference slices [:, :cur_pos]; fixed shapes need a mask
             written = jnp.arange(slots)[None, :] < cur_pos
             mask = jnp.where(written, 0.0, -jnp.inf).astype(x.dtype)
-
-        query = xq.swapaxes(1, 2)
-        key = key.swapaxes(1, 2)
-        value = value.swapaxes(1, 2)
+        query, key, value = (x.swapaxes(1, 2) for x in (xq, key, value))
         # scores : [bsz, n_heads, seqlen | 1, seqlen | slots]
         scores = jnp.matmul(query, key.swapaxes(2, 3)) * self.scale
-
         if mask is not None:
             scores += mask[None, None, ...]
-
         scores = scores.astype(jnp.float32)
         scores = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
         output = jnp.matmul(scores, value)  # (bs, n_local_heads, slen, head_dim)
         output = output.swapaxes(1, 2).reshape(bsz, seqlen, -1)
         return self.wo(output), (cache_k, cache_v)
-
-    __call__ = forward
 
 
 class FeedForward(eqx.Module):
@@ -267,8 +193,6 @@ class FeedForward(eqx.Module):
     def forward(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
         return self.w2(jax.nn.silu(self.w1(x)) * self.w3(x))
 
-    __call__ = forward
-
 
 class RMSNorm(eqx.Module):
     eps: float = eqx.field(static=True)
@@ -282,7 +206,7 @@ class RMSNorm(eqx.Module):
         return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + self.eps)
 
     def forward(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
-        # rounded before the weight is applied, which is where eqx.nn.RMSNorm differs
+        # JAX: eqx.nn.RMSNorm rounds after the weight and not before it
         output = self._norm(x.astype(jnp.float32)).astype(x.dtype)
         return output * jnp.broadcast_to(self.weight, output.shape)
 
@@ -290,60 +214,42 @@ class RMSNorm(eqx.Module):
 
 
 class TransformerBlock(eqx.Module):
-    n_heads: int = eqx.field(static=True)
-    dim: int = eqx.field(static=True)
     attention: Attention
     feed_forward: FeedForward
     attention_norm: RMSNorm
     ffn_norm: RMSNorm
-    args: ModelArgs = eqx.field(static=True)
 
     def __init__(self, args: ModelArgs, *, key: PRNGKeyArray) -> None:
         attention_key, feed_forward_key = jax.random.split(key)
-        self.n_heads = args.n_heads
-        self.dim = args.dim
         self.attention = Attention(args, key=attention_key)
         self.feed_forward = FeedForward(args=args, key=feed_forward_key)
         self.attention_norm = RMSNorm(args.dim, eps=args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, eps=args.norm_eps)
-        self.args = args
 
     def forward(
-        self,
-        x: Float[Array, "bsz seqlen dim"],
-        freqs_cis: Complex64[Array, "seqlen half"],
-        positions: Int[Array, "seqlen"],
-        mask: Float[Array, "seqlen seqlen"] | None,
-        cache: Cache,
-    ) -> tuple[Float[Array, "bsz seqlen dim"], Cache]:
+        self, x: Hidden, freqs_cis: Freqs, positions: Positions, mask: Mask, cache: Cache
+    ) -> tuple[Hidden, Cache]:
         r, cache = self.attention.forward(
             self.attention_norm(x), freqs_cis, positions, mask, cache
         )
         h = x + r
         r = self.feed_forward.forward(self.ffn_norm(h))
-        out = h + r
-        return out, cache
-
-    __call__ = forward
+        return h + r, cache
 
 
-def precompute_freqs_cis(
-    dim: int, positions: Int[Array, "seqlen"], theta: float = 10000.0
-) -> Complex64[Array, "seqlen half"]:
-    # evaluated as it stands: folded by the compiler, the powers differ from torch's in the
-    # last bit, which at position 32,768 makes up to 2e-3 of a radian
+# JAX: for these positions; a table of all positions would be a leaf of the model
+def precompute_freqs_cis(dim: int, positions: Positions, theta: float = 10000.0) -> Freqs:
+    # JAX: compiled powers differ from torch's, by 2e-3 of a radian at position 32,768
     with jax.ensure_compile_time_eval():
         exponents = jnp.arange(0, dim, 2)[: (dim // 2)].astype(jnp.float32) / dim
         freqs = 1.0 / (theta**exponents)
-    t = positions.astype(jnp.float32)
-    freqs = jnp.outer(t, freqs)
+    freqs = jnp.outer(positions.astype(jnp.float32), freqs)
     return jax.lax.complex(jnp.cos(freqs), jnp.sin(freqs))  # complex64
 
 
 class Transformer(eqx.Module):
     args: ModelArgs = eqx.field(static=True)
     vocab_size: int = eqx.field(static=True)
-    n_layers: int = eqx.field(static=True)
     tok_embeddings: eqx.nn.Embedding
     layers: tuple[TransformerBlock, ...]
     norm: RMSNorm
@@ -352,54 +258,41 @@ class Transformer(eqx.Module):
     def __init__(self, args: ModelArgs, *, key: PRNGKeyArray) -> None:
         self.args = args
         self.vocab_size = args.vocab_size
-        self.n_layers = args.n_layers
-        assert self.vocab_size > 0
-
         embedding_key, output_key, *layer_keys = jax.random.split(key, 2 + args.n_layers)
         self.tok_embeddings = eqx.nn.Embedding(args.vocab_size, args.dim, key=embedding_key)
-
-        self.layers = tuple(
-            TransformerBlock(args=args, key=layer_key) for layer_key in layer_keys
-        )
-
+        self.layers = tuple(TransformerBlock(args=args, key=key) for key in layer_keys)
         self.norm = RMSNorm(args.dim, eps=args.norm_eps)
-
         self.output = Linear(args.dim, args.vocab_size, key=output_key)
 
     def empty_cache(self, bsz: int, seqlen: int) -> tuple[Cache, ...]:
-        """For texts of up to `seqlen` tokens, or of any length if there is a window."""
-        return tuple(layer.attention.empty_cache(bsz, seqlen) for layer in self.layers)
+        # JAX: made for the batch at hand; without a window no slot is overwritten
+        slots = self.args.sliding_window or seqlen
+        shape = (bsz, slots, self.args.n_kv_heads, self.args.head_dim)
+        zeros = partial(jnp.zeros, shape, self.norm.weight.dtype)
+        return tuple((zeros(), zeros()) for _ in self.layers)
 
     @eqx.filter_jit
     def forward(
-        self,
-        input_ids: Int[Array, "bsz seqlen"],
-        positions: Int[Array, "seqlen"],
-        cache: tuple[Cache, ...],
-    ) -> tuple[Float32[Array, "bsz seqlen vocab_size"], tuple[Cache, ...]]:
+        self, input_ids: Tokens, positions: Positions, cache: tuple[Cache, ...]
+    ) -> tuple[Logits, tuple[Cache, ...]]:
         h = jax.vmap(jax.vmap(self.tok_embeddings))(input_ids)
-        freqs_cis = precompute_freqs_cis(
-            self.args.head_dim, positions, self.args.rope_theta
-        )
-
-        mask: Float[Array, "seqlen seqlen"] | None = None
+        args = self.args
+        freqs_cis = precompute_freqs_cis(args.head_dim, positions, args.rope_theta)
+        mask: Mask = None
         if input_ids.shape[1] > 1:
             seqlen = input_ids.shape[1]
             tensor = jnp.full((seqlen, seqlen), dtype=h.dtype, fill_value=1)
             mask = jnp.tril(tensor, k=0)
-            if self.args.sliding_window is not None:
+            if args.sliding_window is not None:
                 # make the mask banded to account for sliding window
-                # The reference's quirk, kept: a query sees its own key and sliding_window
-                # before it, one more than the rotating buffer holds when decoding. The
-                # window as meant is k=1 - self.args.sliding_window.
-                mask = jnp.triu(mask, k=-self.args.sliding_window)
+                # The reference's quirk is kept: a query sees its own key and sliding_window
+                # keys before it, one more than the rotating buffer holds when decoding.
+                mask = jnp.triu(mask, k=-args.sliding_window)
             mask = jnp.log(mask)
-
         new_cache = []
         for layer, layer_cache in zip(self.layers, cache, strict=True):
-            h, layer_cache = layer(h, freqs_cis, positions, mask, layer_cache)
+            h, layer_cache = layer.forward(h, freqs_cis, positions, mask, layer_cache)
             new_cache.append(layer_cache)
-
         return self.output(self.norm(h)).astype(jnp.float32), tuple(new_cache)
 
     __call__ = forward
@@ -408,41 +301,37 @@ class Transformer(eqx.Module):
     def from_folder(folder: Path, dtype: DTypeLike | None = None) -> "Transformer":
         path = existing(folder, "params.json")
         with blame(path):
-            model_args = read_params(path)
+            params = json.loads(path.read_text(encoding="utf-8"))
+            limits = ("max_batch_size", "max_seq_len", "max_position_embeddings")
+            model_args = ModelArgs(**{k: v for k, v in params.items() if k not in limits})
+        path = existing(folder, "consolidated.safetensors", "consolidated.00.pth")
+        # JAX: a skeleton without numbers is filled; a leaf's path is its name in the file
         model = eqx.filter_eval_shape(Transformer, model_args, key=jax.random.key(0))
         leaves, treedef = jax.tree_util.tree_flatten_with_path(model)
-        # a leaf's path in the model is its name in the checkpoint
-        shapes = {
-            jax.tree_util.keystr(keys, simple=True, separator="."): leaf.shape
-            for keys, leaf in leaves
-        }
-        path = existing(folder, "consolidated.safetensors", "consolidated.00.pth")
+        names = [jax.tree_util.keystr(p, simple=True, separator=".") for p, _ in leaves]
         with blame(path):
             read = open_weights(path)
-            check_names(set(read), set(shapes), set())
-            if dtype is None:
-                on_cpu = jax.default_backend() == "cpu"
-                dtype = jnp.float32 if on_cpu else read["norm.weight"]().dtype
-            loaded = []
-            # the bar shows on a terminal only, and only for a model that takes its time
-            for name in tqdm(shapes, desc="loading", unit="tensor", delay=1, disable=None):
+            if wrong := sorted(set(read) ^ set(names)):
+                raise ValueError(
+                    f"{', '.join(wrong[:3])} missing, or unknown to params.json"
+                )
+            n_weights = sum(leaf.size for _, leaf in leaves)
+            dtype = dtype or default_dtype(n_weights, read[names[0]]().dtype)
+            weights = []
+            bar = tqdm(names, desc="loading", unit="tensor", delay=1, disable=None)
+            for name, (_, leaf) in zip(bar, leaves, strict=True):
                 tensor = read[name]()
-                if tensor.shape != shapes[name]:
-                    shape = f"{tensor.shape}, but {shapes[name]} by params.json"
-                    raise ValueError(f"{name} is {shape}")
-                loaded.append(jnp.array(tensor, dtype))
-        return treedef.unflatten(loaded)
+                if tensor.shape != leaf.shape:
+                    raise ValueError(f"{name} is {tensor.shape}, not {leaf.shape}")
+                weights.append(jnp.array(tensor, dtype))
+        return treedef.unflatten(weights)
 
 
 class Tokenizer:
     def __init__(self, model_path: str) -> None:
         with blame(Path(model_path)):
             self._model = SentencePieceProcessor(model_file=model_path)
-        assert self._model.vocab_size() == self._model.get_piece_size()
-
-    @property
-    def vocab_size(self) -> int:
-        return self._model.vocab_size()
+        self.vocab_size: int = self._model.vocab_size()
 
     @property
     def eos_id(self) -> int:
@@ -462,22 +351,18 @@ class Tokenizer:
 def generate(
     prompts: list[str], model: Transformer, tokenizer: Tokenizer, max_tokens: int
 ) -> tuple[list[str], Float32[Array, "bsz n_logprobs"]]:
-    """Continues the prompts greedily, `max_tokens` past the shortest, which is prefilled.
-
-    The longer prompts are forced to their end, at the cost of their share of `max_tokens`.
-    Returns the texts and the log-probability of each token after the first. No text ends
-    early, and there are no texts for `max_tokens=0`.
-    """
+    """Continues all prompts greedily to `max_tokens` past the shortest. Returns the texts
+    (none for `max_tokens=0`) and the log-probability of each token but the first."""
     if len(prompts) == 0 or max_tokens < 0:
         raise ValueError("generate needs a prompt, and max_tokens of 0 or more")
     encoded_prompts = [tokenizer.encode(prompt) for prompt in prompts]
     if not all(0 <= token < model.vocab_size for x in encoded_prompts for token in x):
-        # JAX would clamp or wrap such an index and go on
+        # JAX: an index outside would be clamped or wrapped, without an error
         raise BadModelError(f"a token is not among the model's {model.vocab_size}")
     prompt_lens = [len(x) for x in encoded_prompts]
     min_prompt_len = min(prompt_lens)
     max_prompt_len = max(prompt_lens)
-
+    # JAX: padded on the host
     input_tokens = np.full((len(prompts), max_prompt_len), tokenizer.pad_id, dtype=np.int32)
     for i, encoded in enumerate(encoded_prompts):
         input_tokens[i, : len(encoded)] = encoded
@@ -491,31 +376,22 @@ def generate(
 
     # decode
     generated = []
-    all_logprobs = [
-        jnp.take_along_axis(
-            logprobs[:, :-1, :], input_tokens[:, 1:min_prompt_len, None], axis=2
-        ).squeeze(-1),
-    ]
+    all_logprobs = [gather(logprobs[:, :-1, :], input_tokens[:, 1:min_prompt_len])]
     cur_pos = min_prompt_len
     for _ in range(max_tokens):
         next_token = jnp.argmax(logprobs[:, -1, :], axis=-1)
         if cur_pos < input_mask.shape[1]:
-            next_token = jnp.where(
-                input_mask[:, cur_pos], input_tokens[:, cur_pos], next_token
-            )
-        all_logprobs.append(
-            jnp.take_along_axis(logprobs[:, -1, :], next_token[:, None], axis=1),
-        )
+            given = input_tokens[:, cur_pos]
+            next_token = jnp.where(input_mask[:, cur_pos], given, next_token)
+        all_logprobs.append(gather(logprobs[:, -1:, :], next_token[:, None]))
         generated.append(next_token[:, None])
         logits, cache = model.forward(next_token[:, None], jnp.array([cur_pos]), cache)
         logprobs = jax.nn.log_softmax(logits, axis=-1)
         cur_pos += 1
-
     all_logprobs = jnp.concatenate(all_logprobs, 1)
     res = []
     if max_tokens > 0:
         generated = jnp.concatenate(generated, 1)
-
         for i, x in enumerate(encoded_prompts):
             res.append(tokenizer.decode(x[:min_prompt_len] + generated[i].tolist()))
     return res, all_logprobs
@@ -528,111 +404,64 @@ def demo(model_path: str, max_tokens: int = 35) -> None:
     if tokenizer.vocab_size != transformer.vocab_size:
         sizes = f"{tokenizer.vocab_size} tokens and the model {transformer.vocab_size}"
         raise BadModelError(f"{model_path}: the tokenizer has {sizes}")
-
-    res, _logprobs = generate(
-        [
-            "This is a test",
-            "This is another test",
-            "This is a third test, mistral AI is very good at testing. ",
-        ],
-        transformer,
-        tokenizer,
-        max_tokens=max_tokens,
-    )
+    prompts = [
+        "This is a test",
+        "This is another test",
+        "This is a third test, mistral AI is very good at testing. ",
+    ]
+    res, _logprobs = generate(prompts, transformer, tokenizer, max_tokens=max_tokens)
     for x in res:
-        print(x)
-        print("=====================")
+        print(x, "=====================", sep="\n")
 
 
-# From here on, what the reference leaves to torch, to fire and to who reads a traceback.
-
-
+# JAX: the reference leaves the rest to torch, to fire and to whoever reads a traceback.
 @contextmanager
 def blame(path: Path) -> Iterator[None]:
-    """Whatever goes wrong inside is the fault of the file."""
     try:
         yield
     except Exception as error:
-        message = textwrap.shorten(str(error), 300) or type(error).__name__
+        message = " ".join(str(error).split())[:300] or type(error).__name__
         raise BadModelError(f"{path} cannot be used: {message}") from error
 
 
 def existing(folder: Path, *names: str) -> Path:
-    """The first of these files that `folder` has."""
-    if not folder.is_dir():
-        raise BadModelError(f"{folder} is not a folder")
     for name in names:
         if (folder / name).is_file():
             return folder / name
-    raise BadModelError(f"{folder} has no {' or '.join(names)}")
+    fault = f"has no {' or '.join(names)}" if folder.is_dir() else "is not a folder"
+    raise BadModelError(f"{folder} {fault}")
 
 
-def check_names(found: set[str], required: set[str], optional: set[str]) -> None:
-    faults = {"missing": required - found, "unknown": found - required - optional}
-    for fault, names in faults.items():
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ValueError(f"{fault} {', '.join(sorted(names)[:3])}{more}")
-
-
-def read_params(path: Path) -> ModelArgs:
-    params = json.loads(path.read_text(encoding="utf-8"))
-    if type(params) is not dict:
-        raise ValueError("not a JSON object")
-    for name in ("max_batch_size", "max_seq_len", "max_position_embeddings"):
-        params.pop(name, None)  # limits of other programs, which newer files carry
-    optional = {"sliding_window", "rope_theta"}
-    required = {field.name for field in fields(ModelArgs)} - optional
-    check_names(set(params), required, optional)
-    for name in {"norm_eps", "rope_theta"} & set(params):
-        if type(params[name]) is int:
-            params[name] = float(params[name])
-    for field in fields(ModelArgs):
-        value = params.get(field.name, field.default)
-        if not isinstance(value, field.type) or isinstance(value, bool):
-            raise ValueError(f"{field.name} cannot be {value!r}")
-    return ModelArgs(**params)
+def default_dtype(n_weights: int, stored: DTypeLike) -> DTypeLike:
+    """float32 on a CPU if the weights then fill half of the memory at most."""
+    half = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+    fits = jax.default_backend() == "cpu" and 4 * n_weights <= half
+    return jnp.float32 if fits else stored
 
 
 def open_weights(path: Path) -> dict[str, Callable[[], np.ndarray]]:
-    """Under each tensor's name the function that reads it."""
     if path.suffix == ".safetensors":
         file = safe_open(path, framework="numpy")
-        names = file.keys()
-        return {name: partial(file.get_tensor, name) for name in names}
+        return {name: partial(file.get_tensor, name) for name in file.keys()}
     try:
         import torch
+
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # by way of bytes, because torch gives NumPy no bfloat16
+        numpy = lambda x: x.contiguous().view(torch.uint8).numpy().view(str(x.dtype)[6:])
+        return {name: partial(numpy, tensor) for name, tensor in loaded.items()}
     except ImportError as error:
         raise ImportError("only PyTorch can read it: pip install torch") from error
-
-    def read(tensor: torch.Tensor) -> np.ndarray:
-        # by way of bytes, because torch gives NumPy no bfloat16
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        return tensor.contiguous().view(torch.uint8).numpy().view(dtype)
-
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return {name: partial(read, tensor) for name, tensor in loaded.items()}
-    except Exception as error:  # whose own advice would be to load it unsafely
+    except Exception as error:  # torch advises to load it unsafely
         raise ValueError("not a complete file of named tensors by torch.save") from error
 
 
 def main() -> None:
     embedded = Path(__file__).parent / "mistral_eqx" / "tiny_mistral"
     parser = argparse.ArgumentParser(description="Continues three prompts.")
-    parser.add_argument(
-        "model_path",
-        metavar="MODEL_DIR",
-        nargs="?",
-        default=embedded,
-        help="a folder in Mistral's own format; the embedded model if not given",
-    )
-    parser.add_argument(
-        "--max_tokens",
-        type=int,
-        default=35,
-        help="past the shortest prompt; 35 if not given",
-    )
+    add = partial(parser.add_argument, help="(default: %(default)s)")
+    add("model_path", metavar="MODEL_DIR", nargs="?", default=embedded)
+    add("--max_tokens", type=int, default=35)
     arguments = parser.parse_args()
     if arguments.max_tokens < 0:
         parser.error(f"--max_tokens must be 0 or more, not {arguments.max_tokens}")

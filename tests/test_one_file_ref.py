@@ -241,6 +241,19 @@ def test_weights_arrive_in_the_dtype_of_the_platform(folder, monkeypatch, stored
         )
 
 
+@pytest.mark.parametrize("room, expected", [(2, "float32"), (1.99, "bfloat16")])
+def test_float32_must_fit_in_half_of_the_memory(folder, monkeypatch, room, expected):
+    weights = state_dict(make_model())
+    size = sum(4 * weight.size for weight in weights.values())
+    weights = {name: weight.astype("bfloat16") for name, weight in weights.items()}
+    save_file(weights, folder / "consolidated.safetensors")
+    monkeypatch.setattr(
+        os, "sysconf", {"SC_PHYS_PAGES": room * size, "SC_PAGE_SIZE": 1}.get
+    )
+    loaded = state_dict(Transformer.from_folder(folder))
+    assert {str(weight.dtype) for weight in loaded.values()} == {expected}
+
+
 def test_dtype_can_be_chosen(folder):
     model = Transformer.from_folder(folder, dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(model)} == {jnp.dtype(jnp.bfloat16)}
@@ -355,9 +368,12 @@ FAULTS = {
         lambda f: (f / "params.json").write_bytes(b"\xff\xfe\x00"),
         "params.json cannot be used",
     ),
-    "params a list": (lambda f: (f / "params.json").write_text("[]"), "not a JSON object"),
-    "key missing": (lambda f: change_params(f, dim="absent"), "missing dim"),
-    "key unknown": (lambda f: change_params(f, moe={"num_experts": 8}), "unknown moe"),
+    "params a list": (
+        lambda f: (f / "params.json").write_text("[]"),
+        "params.json cannot be used",
+    ),
+    "key missing": (lambda f: change_params(f, dim="absent"), "argument: 'dim'"),
+    "key unknown": (lambda f: change_params(f, moe={"num_experts": 8}), "argument 'moe'"),
     "text for a number": (lambda f: change_params(f, dim="16"), "dim cannot be '16'"),
     "null for a number": (lambda f: change_params(f, dim=None), "dim cannot be None"),
     "true for a number": (
@@ -366,19 +382,22 @@ FAULTS = {
     ),
     "no window is null": (
         lambda f: change_params(f, sliding_window=0),
-        "sliding_window must be positive",
+        "sliding_window cannot be 0",
     ),
     "no negative window": (
         lambda f: change_params(f, sliding_window=-1),
-        "sliding_window must be positive",
+        "sliding_window cannot be -1",
     ),
-    "theta": (lambda f: change_params(f, rope_theta=0), "rope_theta must be positive"),
-    "eps": (lambda f: change_params(f, norm_eps=math.inf), "norm_eps must be positive"),
+    "theta": (lambda f: change_params(f, rope_theta=0), "rope_theta cannot be 0"),
+    "eps": (lambda f: change_params(f, norm_eps=math.inf), "norm_eps cannot be inf"),
     "heads": (
         lambda f: change_params(f, n_kv_heads=3),
-        "n_kv_heads=3 must divide n_heads=4",
+        "n_heads, n_kv_heads, head_dim cannot be 4, 3, 6",
     ),
-    "odd head": (lambda f: change_params(f, head_dim=5), "head_dim=5 must be even"),
+    "odd head": (
+        lambda f: change_params(f, head_dim=5),
+        "n_heads, n_kv_heads, head_dim cannot be 4, 2, 5",
+    ),
     "no weights": (
         lambda f: (f / "consolidated.safetensors").unlink(),
         "has no consolidated.safetensors or consolidated.00.pth",
@@ -393,23 +412,23 @@ FAULTS = {
     ),
     "weight missing": (
         lambda f: change_weights(f, lambda w: w.pop("norm.weight")),
-        "missing norm.weight",
+        "norm.weight missing, or unknown",
     ),
     "weights missing": (
         lambda f: change_params(f, n_layers=3),
-        "missing layers.2.attention.wk.weight, ",
+        "layers.2.attention.wk.weight, ",
     ),
     "weights left over": (
         lambda f: change_params(f, n_layers=1),
-        "unknown layers.1.attention.wk.weight, ",
+        "layers.1.attention.wk.weight, ",
     ),
     "weight unknown": (
         lambda f: change_weights(f, lambda w: w.update(extra=w["norm.weight"])),
-        "unknown extra",
+        "extra missing, or unknown",
     ),
     "shape": (
         lambda f: change_weights(f, wrong_shape),
-        "layers.1.attention.wk.weight is (16, 12), but (12, 16) by params.json",
+        "layers.1.attention.wk.weight is (16, 12), not (12, 16)",
     ),
     "no tokenizer": (
         lambda f: (f / "tokenizer.model").unlink(),
@@ -431,7 +450,9 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_broken_folder_is_one_line_and_status_2(folder, monkeypatch, capfd, fault):
+def test_a_broken_folder_is_one_line_and_status_2(
+    folder, monkeypatch, capfd, fault, unchecked
+):
     damage, message = FAULTS[fault]
     damage(folder)
     assert run_main(monkeypatch, folder) == 2
