@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -52,15 +53,20 @@ class BadModelError(ValueError):
     """Says in one line why a model cannot be used."""
 
 
-# JAX: torch brings the next four along. This is torch.nn.Linear without a bias.
-class Linear(eqx.Module):
+# JAX: torch brings the next five along
+class Module(eqx.Module):
+    def __call__(self, *args: Any) -> Any:
+        return self.forward(*args)
+
+
+class Linear(Module):
     weight: Float[Array, "out in"]
 
     def __init__(self, in_features: int, out_features: int, *, key: PRNGKeyArray) -> None:
         shape, bound = (out_features, in_features), in_features**-0.5
         self.weight = jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
-    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+    def forward(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         return jnp.einsum("...i,oi->...o", x, self.weight)
 
 
@@ -110,7 +116,6 @@ def _reshape_for_broadcast(
 
 def apply_rotary_emb(xq: Heads, xk: KVHeads, freqs_cis: Freqs) -> tuple[Heads, KVHeads]:
     # pairs are neighbours, (x[2i], x[2i+1]); Hugging Face pairs x[i] with x[i + head_dim/2]
-    # and permutes the weights to match
     xq_ = view_as_complex(xq.astype(jnp.float32).reshape(*xq.shape[:-1], -1, 2))
     xk_ = view_as_complex(xk.astype(jnp.float32).reshape(*xk.shape[:-1], -1, 2))
     freqs_cis = _reshape_for_broadcast(freqs_cis, xq_)
@@ -119,7 +124,7 @@ def apply_rotary_emb(xq: Heads, xk: KVHeads, freqs_cis: Freqs) -> tuple[Heads, K
     return xq_out.astype(xq.dtype), xk_out.astype(xk.dtype)
 
 
-class Attention(eqx.Module):
+class Attention(Module):
     args: ModelArgs = eqx.field(static=True)
     n_heads: int = eqx.field(static=True)
     n_kv_heads: int = eqx.field(static=True)
@@ -179,7 +184,7 @@ class Attention(eqx.Module):
         return self.wo(output), (cache_k, cache_v)
 
 
-class FeedForward(eqx.Module):
+class FeedForward(Module):
     w1: Linear
     w2: Linear
     w3: Linear
@@ -194,7 +199,7 @@ class FeedForward(eqx.Module):
         return self.w2(jax.nn.silu(self.w1(x)) * self.w3(x))
 
 
-class RMSNorm(eqx.Module):
+class RMSNorm(Module):
     eps: float = eqx.field(static=True)
     weight: Float[Array, "dim"]
 
@@ -210,10 +215,8 @@ class RMSNorm(eqx.Module):
         output = self._norm(x.astype(jnp.float32)).astype(x.dtype)
         return output * jnp.broadcast_to(self.weight, output.shape)
 
-    __call__ = forward
 
-
-class TransformerBlock(eqx.Module):
+class TransformerBlock(Module):
     attention: Attention
     feed_forward: FeedForward
     attention_norm: RMSNorm
@@ -247,7 +250,7 @@ def precompute_freqs_cis(dim: int, positions: Positions, theta: float = 10000.0)
     return jax.lax.complex(jnp.cos(freqs), jnp.sin(freqs))  # complex64
 
 
-class Transformer(eqx.Module):
+class Transformer(Module):
     args: ModelArgs = eqx.field(static=True)
     vocab_size: int = eqx.field(static=True)
     tok_embeddings: eqx.nn.Embedding
@@ -291,11 +294,9 @@ class Transformer(eqx.Module):
             mask = jnp.log(mask)
         new_cache = []
         for layer, layer_cache in zip(self.layers, cache, strict=True):
-            h, layer_cache = layer.forward(h, freqs_cis, positions, mask, layer_cache)
+            h, layer_cache = layer(h, freqs_cis, positions, mask, layer_cache)
             new_cache.append(layer_cache)
         return self.output(self.norm(h)).astype(jnp.float32), tuple(new_cache)
-
-    __call__ = forward
 
     @staticmethod
     def from_folder(folder: Path, dtype: DTypeLike | None = None) -> "Transformer":

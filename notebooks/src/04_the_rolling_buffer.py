@@ -230,7 +230,7 @@ def keys_of_both(dtype, n=100):
     _, kept = block.attention(
         block.attention_norm(x), positions, angles, empty, jnp.int32(0)
     )
-    ring_ = other.attention.empty_cache(1, n)
+    ring_ = cast(one_file).empty_cache(1, n)[0]
     _, (keys, _) = other.attention(
         other.attention_norm(x[None]), freqs, positions, jnp.zeros((n, n), dtype), ring_
     )
