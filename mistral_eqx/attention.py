@@ -1,8 +1,5 @@
 """Grouped-query attention under a sliding window."""
 
-from collections.abc import Callable
-from functools import partial
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -12,8 +9,8 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, PRNGKeyArray
 
 from .cache import LayerCache
 from .config import Llama4Scaling, ModelConfig
-from .kernels import cpu
-from .layers import Linear, product
+from .kernels.replaced import replaceable
+from .layers import Linear
 from .rope import query_scale, rotate
 
 
@@ -33,19 +30,25 @@ def visible(
     return seen if window is None else seen & (distance < window)
 
 
+@replaceable()
+def score(
+    queries: Float[Array, "kv_heads rows head_dim"],
+    keys: Float[Array, "kv_heads slots head_dim"],
+) -> Float32[Array, "kv_heads rows slots"]:
+    """The product of each query with each key of its head."""
+    return jnp.einsum("krd,ksd->krs", queries, keys, preferred_element_type=jnp.float32)
+
+
 def attend(
     queries: Float[Array, "seq heads head_dim"],
     keys: Float[Array, "kv_heads slots head_dim"],
     values: Float[Array, "kv_heads slots head_dim"],
     mask: Bool[Array, "seq slots"],
-    *,
-    score: Callable = jax.vmap(product),
 ) -> Float[Array, "seq heads head_dim"]:
     """Softmax attention, the `groups` of query heads that share a kv head together.
 
     Scores and softmax are float32, the probabilities are cast back to the values' dtype,
-    as in the reference. `score` multiplies the queries of each kv head by its keys.
-    Grouped-query attention: Ainslie et al. (arXiv 2305.13245).
+    as in the reference. Grouped-query attention: Ainslie et al. (arXiv 2305.13245).
     """
     seq, heads, head_dim = queries.shape
     kv_heads, slots, _ = keys.shape
@@ -62,6 +65,17 @@ def attend(
     out = jnp.einsum("krs,ksd->krd", weights, values, preferred_element_type=jnp.float32)
     out = out.reshape(kv_heads, groups, seq, head_dim).transpose(2, 0, 1, 3)
     return out.reshape(seq, heads, head_dim).astype(queries.dtype)
+
+
+@replaceable()
+def attend_ring(
+    queries: Float[Array, "seq heads head_dim"],
+    keys: Float[Array, "kv_heads slots head_dim"],
+    values: Float[Array, "kv_heads slots head_dim"],
+    mask: Bool[Array, "seq slots"],
+) -> Float[Array, "seq heads head_dim"]:
+    """Attention to the ring of a cache, of which much may not be written yet."""
+    return attend(queries, keys, values, mask)
 
 
 class Attention(eqx.Module):
@@ -136,15 +150,7 @@ class Attention(eqx.Module):
             padding = length - positions[0]
             key_positions = cache.indices(length + seq) - padding
             mask = visible(positions, key_positions, self.window)
-            out = jax.lax.platform_dependent(
-                queries,
-                cache.keys,
-                cache.values,
-                mask,
-                length + seq,
-                cpu=partial(cpu.attend, attend),
-                default=lambda *args: attend(*args[:-1]),
-            )
+            out = attend_ring(queries, cache.keys, cache.values, mask)
         return self.wo(out.reshape(seq, self.n_heads * self.head_dim)), cache
 
     def _attend_sequence(

@@ -7,42 +7,29 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from .kernels import cpu
-from .kernels.batching import batched_as
+from .kernels.replaced import replaceable
 
 
+@replaceable(shared=("weight",))
 def product(
     x: Float[Array, "*seq in"], weight: Float[Array, "out in"]
-) -> Float32[Array, "*seq out"]:
-    """The plain product with a weight matrix, in float32 sums whatever the weights are."""
-    return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=jnp.float32)
-
-
-def _product_of_batch(size, batched, x, weight):
-    if batched == [True, False]:
-        return _project(x, weight), True
-    axes = tuple(0 if is_batched else None for is_batched in batched)
-    return jax.vmap(product, axes)(x, weight), True
-
-
-@batched_as(_product_of_batch, derivative=product)
-def _project(x, weight):
-    if not jax.typeof(weight).sharding.mesh.empty:
-        # On many devices, whose parts the ways of a CPU would cut across.
-        return product(x, weight)
-    rows = x.reshape(-1, x.shape[-1])
-    out = jax.lax.platform_dependent(rows, weight, cpu=cpu.project, default=product)
-    return out.reshape(*x.shape[:-1], -1)
-
-
-def project(
-    x: Float[Array, "*seq in"], weight: Float[Array, "out in"]
 ) -> Float[Array, "*seq out"]:
-    """The product with a weight matrix: the one place where one is multiplied by. Under
-    `jax.vmap` the rows of the whole batch go through it together."""
-    return _project(x, weight).astype(x.dtype)
+    """`x @ weight.T`, summed in float32 whatever the dtypes are. No other function of the
+    model multiplies by a weight matrix."""
+    out = jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=jnp.float32)
+    return out.astype(x.dtype)
+
+
+@replaceable(shared=("table",))
+def lookup(
+    tokens: Int[Array, "seq"], table: Float[Array, "vocab dim"]
+) -> Float[Array, "seq dim"]:
+    """The rows of a table; NaN for a token that it does not have."""
+    # Indexing alone would take -1 for the last row.
+    rows = table.at[tokens]
+    return rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 class Linear(eqx.Module):
@@ -61,7 +48,7 @@ class Linear(eqx.Module):
         self.weight = scale * jr.normal(key, (out_size, in_size), dtype)
 
     def __call__(self, x: Float[Array, "*seq in"]) -> Float[Array, "*seq out"]:
-        return project(x, self.weight)
+        return product(x, self.weight)
 
 
 class Embedding(eqx.Module):
@@ -79,11 +66,7 @@ class Embedding(eqx.Module):
         self.weight = jr.normal(key, (vocab_size, dim), dtype) / math.sqrt(dim)
 
     def __call__(self, tokens: Int[Array, "seq"]) -> Float[Array, "seq dim"]:
-        # Seen to depend on `tokens`, the table is not converted ahead of a loop of steps.
-        tokens, weight = jax.lax.optimization_barrier((tokens, self.weight))
-        # Indexing would take -1 for the last row: NaN says that it is no token.
-        rows = weight.at[tokens]
-        return rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        return lookup(tokens, self.weight)
 
 
 class RMSNorm(eqx.Module):

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
 from .config import Llama4Scaling, Yarn
+from .kernels.replaced import replaceable
 
 
 def rotation(
@@ -30,12 +31,20 @@ def rotation(
     frequencies = 1 / powers
     if yarn is not None:
         frequencies = _stretched(frequencies, head_dim, theta, yarn)
-    angles = positions.astype(jnp.float32)[:, None] * frequencies[None, :]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    cos, sin = turn(positions, jnp.asarray(frequencies))
     if yarn is not None and yarn.apply_scale:
         scale = 0.1 * math.log(yarn.factor) + 1
         cos, sin = scale * cos, scale * sin
     return cos, sin
+
+
+@replaceable(shared=("frequencies",))
+def turn(
+    positions: Int[Array, "seq"], frequencies: Float32[Array, "half"]
+) -> tuple[Float32[Array, "seq half"], Float32[Array, "seq half"]]:
+    """The cosine and sine of every position times every frequency."""
+    angles = positions.astype(jnp.float32)[:, None] * frequencies[None, :]
+    return jnp.cos(angles), jnp.sin(angles)
 
 
 def _stretched(

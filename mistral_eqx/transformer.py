@@ -1,7 +1,5 @@
 """The model: an embedding, a stack of blocks, a norm, and a logit for every token id."""
 
-from functools import partial
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -13,8 +11,7 @@ from .attention import Attention
 from .cache import Cache, LayerCache
 from .config import ModelConfig
 from .devices.stages import Stages
-from .kernels import cpu
-from .layers import Embedding, FeedForward, Linear, RMSNorm, project
+from .layers import Embedding, FeedForward, Linear, RMSNorm, product
 from .moe import MixtureOfExperts
 from .rope import rotation
 
@@ -229,9 +226,6 @@ class Transformer(eqx.Module):
         positions = length - padding + jnp.arange(tokens.shape[0], dtype=jnp.int32)
         config = self.config
         angles = rotation(positions, config.head_dim, config.rope_theta, config.yarn)
-        angles = jax.lax.platform_dependent(
-            angles, cpu=partial(jax.tree.map, cpu.computed_once), default=lambda x: x
-        )
         return length, positions, angles
 
     def logits(self, hidden: Float[Array, "seq dim"]) -> Float32[Array, "seq vocab"]:
@@ -239,7 +233,7 @@ class Transformer(eqx.Module):
         `hidden_states`. The product is in the model's dtype, the cast comes after it."""
         hidden = self.norm(hidden)
         if self.output is None:
-            logits = project(hidden, self.tok_embeddings.weight)
+            logits = product(hidden, self.tok_embeddings.weight)
         else:
             logits = self.output(hidden)
         return logits.astype(jnp.float32)

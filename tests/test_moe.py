@@ -13,13 +13,12 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from mistral_eqx import ModelConfig, Transformer
 from mistral_eqx.config import MoEConfig
+from mistral_eqx.kernels.experts import block_sizes
 from mistral_eqx.layers import FeedForward
 from mistral_eqx.moe import (
     MixtureOfExperts,
-    block_sizes,
     load_balancing_loss,
     mix,
-    mix_all,
     route,
 )
 
@@ -74,7 +73,7 @@ sizes = pytest.mark.parametrize("seq, n_experts, top_k", SIZES)
 
 
 @sizes
-@pytest.mark.parametrize("function", [mix, mix_all])
+@pytest.mark.parametrize("function", [mix, mix.plain])
 def test_the_chosen_experts(function, seq, n_experts, top_k):
     experts, x = experts_of(n_experts), normal(seq, DIM)
     chosen, weights = routed((seq,), n_experts, top_k)
@@ -121,7 +120,7 @@ def test_experts_that_are_elsewhere(seq):
     experts, x = experts_of(4), normal(seq, DIM)
     chosen, weights = routed((seq,), 4, 2)
     here = [jax.tree.map(lambda leaf: leaf[i : i + 2], experts) for i in (0, 2)]
-    for function in (mix, mix_all):
+    for function in (mix, mix.plain):
         parts = [function(e, x, chosen - i, weights) for e, i in zip(here, (0, 2))]
         assert all(np.abs(part).max() > 0.1 for part in parts)
         expected = exact(experts, x, chosen, weights)
@@ -142,7 +141,7 @@ def test_derivatives():
 
     arguments = (experts, x, weights)
     gradient = lambda f: jax.jit(jax.grad(f, (0, 1, 2)))(*arguments)
-    expected = gradient(value(mix_all))
+    expected = gradient(value(mix.plain))
     each = jax.jit(
         jax.vmap(
             jax.grad(lambda e, x, c, w: jnp.sum(mix(e, x, c, w) ** 2), (0, 1, 3)),
@@ -256,7 +255,7 @@ def test_no_copy_of_all_experts(batch, seq, dtype):
 def test_the_work_is_that_of_the_chosen_experts(batch, seq, most):
     experts, x = experts_of(8), normal(batch, seq, DIM)
     chosen, weights = routed((batch, seq), 8, 2)
-    ways = [jax.vmap(f, in_axes=(None, 0, 0, 0)) for f in (mix, mix_all)]
+    ways = [jax.vmap(f, in_axes=(None, 0, 0, 0)) for f in (mix, mix.plain)]
     sparse, dense = (
         count_flops(jax.make_jaxpr(run)(experts, x, chosen, weights)) for run in ways
     )

@@ -1,39 +1,35 @@
 """Experts on many devices: each device computes what its own experts contribute."""
 
-from collections.abc import Callable
-
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
+from ..kernels.experts import dispatch
+from ..kernels.replaced import replaces
+from ..layers import FeedForward
+from ..moe import mix
 from .mesh import MODEL, mesh_of_array, rows_spec
 
 
-def where_experts_are(
-    mix: Callable[[eqx.Module, Array, Array, Array], Array],
-    experts: eqx.Module,
-    x: Float[Array, "tokens dim"],
-    chosen: Int32[Array, "tokens top_k"],
-    weights: Float[Array, "tokens top_k"],
-) -> Float[Array, "tokens dim"]:
-    """Lets every device mix what its experts, or its part of every expert, make of its
-    tokens, and adds up. Left to itself the compiler would bring all experts together.
-
-    **Arguments:**
-
-    - `mix`: takes the others. A number of an expert outside is of one that is elsewhere.
-    - `experts`: a feed-forward network whose weights have a leading axis `experts`.
-    - `x`, `chosen`, `weights`: the tokens, their experts and how much each counts.
-    """
-    mesh = mesh_of_array(experts.w1.weight)
+@replaces(mix, on="mesh")
+def mix_where_experts_are(
+    experts: FeedForward,
+    x: Float[Array, "batch seq dim"],
+    chosen: Int32[Array, "batch seq top_k"],
+    weights: Float[Array, "batch seq top_k"],
+) -> Float[Array, "batch seq dim"]:
+    """[`mistral_eqx.moe.mix`][]: every device mixes what its experts, or its part of every
+    expert, make of its tokens, and the devices add up. Left to itself the compiler would
+    bring all experts together."""
+    shape, mesh = x.shape, mesh_of_array(experts.w1.weight)
+    x, chosen, weights = (a.reshape(-1, a.shape[-1]) for a in (x, chosen, weights))
     if mesh is None or all(mesh.shape[a] == 1 for a in mesh.shape if a != "pipe"):
-        return mix(experts, x, chosen, weights)
+        return dispatch(experts, x, chosen, weights).reshape(shape)
     n_experts, sums = experts.w1.weight.shape[0], ("expert", *MODEL)
 
     def here(first, experts, x, chosen, weights):
-        mixed = mix(experts, x, chosen - first[0], weights)
+        mixed = dispatch(experts, x, chosen - first[0], weights)
         return jax.lax.psum(mixed.astype(jnp.float32), sums).astype(x.dtype)
 
     def spec(path, leaf):
@@ -55,4 +51,4 @@ def where_experts_are(
         check_vma=False,
     )
     first = jnp.arange(0, n_experts, each, dtype=jnp.int32)
-    return jax.jit(run_here)(first, experts, x, chosen, weights)
+    return jax.jit(run_here)(first, experts, x, chosen, weights).reshape(shape)

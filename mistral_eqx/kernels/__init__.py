@@ -5,6 +5,7 @@ where XLA needs help.
 
 | module | what it is |
 |---|---|
-| `batching.py` | a decorator: under `jax.vmap` a function gets the whole batch |
+| `replaced.py` | the mechanism: `replaceable` functions, and what `replaces` them |
 | `cpu.py` | products and attention in the loops that XLA runs fast on a CPU |
+| `experts.py` | Mixtral's experts at the cost of the chosen ones |
 """

@@ -5,15 +5,14 @@ Each way below is the fastest found for its case, 1.5 to 20 times as fast as a p
 """
 
 import os
-from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int
 
-from .batching import batched_as
+from .. import attention, layers, rope
+from .replaced import replaces
 
 
 # XLA multiplies a vector by a matrix in one loop, with nothing written on the way, only if
@@ -57,27 +56,77 @@ def product_of_few_rows(
     return sum_of_products(x.reshape(1, rows, -1, part), parts).sum(2).T
 
 
-def _score_of_batch(size, batched, queries, keys):
-    whole = [
-        x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
-        for x, is_batched in zip((queries, keys), batched)
-    ]
-    return score(*whole), True
+@replaces(layers.product, on="cpu")
+def product(
+    x: Float[Array, "batch *seq in"], weight: Float[Array, "out in"]
+) -> Float[Array, "batch *seq out"]:
+    """[`mistral_eqx.layers.product`][]."""
+    out = project(x.reshape(-1, x.shape[-1]), weight)
+    return out.reshape(*x.shape[:-1], -1).astype(x.dtype)
 
 
-def _plain_score(queries, keys):
-    return jnp.einsum(
-        "...rd,...sd->...rs", queries, keys, preferred_element_type=jnp.float32
-    )
+@replaces(layers.lookup, on="cpu")
+def lookup(
+    tokens: Int[Array, "batch seq"], table: Float[Array, "vocab dim"]
+) -> Float[Array, "batch seq dim"]:
+    """[`mistral_eqx.layers.lookup`][]. The barrier makes the table depend on the tokens, so
+    that XLA does not convert it ahead of a loop of steps."""
+    tokens, table = jax.lax.optimization_barrier((tokens, table))
+    return jax.vmap(layers.lookup.plain, (0, None))(tokens, table)
 
 
-@batched_as(_score_of_batch, derivative=_plain_score)
+@replaces(rope.turn, on="cpu")
+def turn(
+    positions: Int[Array, "batch seq"], frequencies: Float32[Array, "half"]
+) -> tuple[Float32[Array, "batch seq half"], Float32[Array, "batch seq half"]]:
+    """[`mistral_eqx.rope.turn`][], written to memory: XLA would compute the cosine of a
+    position again for every head of every layer."""
+    cos, sin = jax.vmap(rope.turn.plain, (0, None))(positions, frequencies)
+    return computed_once(cos), computed_once(sin)
+
+
+@replaces(attention.score, on="cpu")
 def score(
-    queries: Float[Array, "*heads rows head_dim"],
-    keys: Float[Array, "*heads slots head_dim"],
-) -> Float32[Array, "*heads rows slots"]:
-    """The product of each query with each key of its head, for few queries."""
+    queries: Float[Array, "batch kv_heads rows head_dim"],
+    keys: Float[Array, "batch kv_heads slots head_dim"],
+) -> Float32[Array, "batch kv_heads rows slots"]:
+    """[`mistral_eqx.attention.score`][]: for a token of each row in the loop of
+    `sum_of_products`."""
+    # Shorter heads make the sums of the loop cost more than the loop saves.
+    if queries.shape[2] > 16 or queries.shape[3] < 64:
+        return jax.vmap(attention.score.plain)(queries, keys)
     return sum_of_products(computed_once(queries)[..., :, None, :], keys[..., None, :, :])
+
+
+@replaces(attention.attend_ring, on="cpu")
+def attend_ring(
+    queries: Float[Array, "batch seq heads head_dim"],
+    keys: Float[Array, "batch kv_heads slots head_dim"],
+    values: Float[Array, "batch kv_heads slots head_dim"],
+    mask: Bool[Array, "batch seq slots"],
+) -> Float[Array, "batch seq heads head_dim"]:
+    """[`mistral_eqx.attention.attend_ring`][], with the first slots only if the others are
+    not seen: half of them, or half of that, and so on. The `switch` also keeps XLA from
+    copying the whole ring at each update.
+
+    A chunk attends in its own dtype, which may be narrower than the cache's: its many rows
+    are then multiplied faster, and the conversion of the ring takes little beside that."""
+    slots = keys.shape[2]
+    dtype = keys.dtype if queries.shape[1] == 1 else queries.dtype
+    sizes = [slots]
+    while sizes[-1] >= 128:
+        sizes.append(sizes[-1] // 2)
+
+    def branch(n):
+        first = lambda ring: ring[:, :, :n].astype(dtype)
+        return lambda q, k, v, m: jax.vmap(attention.attend)(
+            q, first(k), first(v), m[:, :, :n]
+        )
+
+    numbers = jnp.arange(1, slots + 1, dtype=jnp.int32)
+    seen = jnp.max(jnp.where(jnp.any(mask, axis=(0, 1)), numbers, 0))
+    index = jnp.sum(seen <= jnp.array(sizes[1:], jnp.int32), dtype=jnp.int32)
+    return jax.lax.switch(index, [branch(n) for n in sizes], queries, keys, values, mask)
 
 
 def sum_of_products(
@@ -104,41 +153,6 @@ def computed_once(x: Float[Array, "..."]) -> Float[Array, "..."]:
     cosine of a position for every head of every layer. A quotient it does write, and zeros
     that it cannot know to be make one of anything."""
     return x / (1 + 0 * x)
-
-
-def attend(
-    function: Callable,
-    queries: Float[Array, "seq heads head_dim"],
-    keys: Float[Array, "kv_heads slots head_dim"],
-    values: Float[Array, "kv_heads slots head_dim"],
-    mask: Bool[Array, "seq slots"],
-    written: Int32[Array, ""],
-) -> Float[Array, "seq heads head_dim"]:
-    """Calls `function(queries, keys, values, mask)` with the first slots only, if no more
-    are written: half of them, or half of that, and so on. The branches have another use:
-    without one, XLA copies the ring at every write.
-
-    A chunk attends in its own dtype, which may be narrower than the cache's: its many rows
-    are multiplied faster so, and converting the ring takes little beside that."""
-    seq, _, head_dim = queries.shape
-    slots = keys.shape[1]
-    on_one_device = jax.typeof(keys).sharding.mesh.empty
-    # With shorter heads, the sums of a loop take longer than the loop saves.
-    if seq == 1 and head_dim >= 64 and on_one_device:
-        function = partial(function, score=score)
-    dtype = keys.dtype if seq == 1 else queries.dtype
-    sizes = [slots]
-    while sizes[-1] >= 128:
-        sizes.append(sizes[-1] // 2)
-
-    def branch(n):
-        first = lambda ring: ring[:, :n].astype(dtype)
-        return lambda q, k, v, m: function(q, first(k), first(v), m[:, :n])
-
-    fits = [written <= size for size in sizes[1:]]
-    index = sum(fit.astype(jnp.int32) for fit in fits) if fits else jnp.int32(0)
-    branches = [branch(n) for n in sizes]
-    return jax.lax.switch(index, branches, queries, keys, values, mask)
 
 
 def cache_dtype(weight: Float[Array, "..."]) -> DTypeLike:

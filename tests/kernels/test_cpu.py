@@ -1,7 +1,5 @@
 """What is done otherwise on a CPU: the same results, and nothing copied whole."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -10,9 +8,10 @@ import pytest
 from models import cast, random_model
 
 from mistral_eqx import generation
-from mistral_eqx.attention import attend
+from mistral_eqx.attention import attend, attend_ring
 from mistral_eqx.kernels import cpu
-from mistral_eqx.layers import project
+from mistral_eqx.kernels.replaced import plain
+from mistral_eqx.layers import product
 from mistral_eqx.reading import prefill
 
 
@@ -53,16 +52,16 @@ def test_few_rows_copy_no_matrix(dtype, rows, width):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_rows_of_a_batch_go_together(dtype):
     x, weight = normal(0, (5, 1, 16), dtype), normal(1, (8, 16), dtype)
-    batched = jax.vmap(project, in_axes=(0, None))
-    np.testing.assert_array_equal(batched(x, weight), project(x, weight))
+    batched = jax.vmap(product, in_axes=(0, None))
+    np.testing.assert_array_equal(batched(x, weight), product(x, weight))
     program = jax.jit(batched).lower(x, weight).as_text()
     kind = {jnp.float32: "f32", jnp.bfloat16: "bf16"}[dtype]
     assert f"tensor<5x16x{kind}>" in program
-    each = jax.vmap(project)(x, jnp.stack([weight * i for i in range(5)]))
+    each = jax.vmap(product)(x, jnp.stack([weight * i for i in range(5)]))
     for i in range(5):
         np.testing.assert_allclose(
             np.asarray(each[i], np.float32),
-            np.asarray(project(x[i], weight * i), np.float32),
+            np.asarray(product(x[i], weight * i), np.float32),
             rtol=1e-2 if dtype == jnp.bfloat16 else 1e-5,
             atol=1e-5,
         )
@@ -74,9 +73,9 @@ def test_gradients_are_the_products():
     def loss(product):
         return lambda x, w: jnp.sum(jax.vmap(product, in_axes=(0, None))(x, w) ** 2)
 
-    plain = loss(lambda x, w: jnp.einsum("si,oi->so", x, w))
-    got = jax.jit(jax.grad(loss(project), argnums=(0, 1)))(x, weight)
-    expected = jax.grad(plain, argnums=(0, 1))(x, weight)
+    einsum = loss(lambda x, w: jnp.einsum("si,oi->so", x, w))
+    got = jax.jit(jax.grad(loss(product), argnums=(0, 1)))(x, weight)
+    expected = jax.grad(einsum, argnums=(0, 1))(x, weight)
     for a, b in zip(got, expected):
         np.testing.assert_allclose(a, b, rtol=1e-5)
 
@@ -87,13 +86,13 @@ def test_attention_reads_what_is_written(slots):
         normal(i, shape)
         for i, shape in enumerate([(3, 4, 8), (2, slots, 8), (2, slots, 8)])
     )
-    first = jax.jit(lambda *args: cpu.attend(attend, *args))
+    first = jax.jit(attend_ring)
     edges = {slots // 4, slots // 4 + 1, slots // 2, slots // 2 + 1}
     for written in {3, slots} | edges:
         held = jnp.arange(slots) < written
         mask = jnp.broadcast_to(held, (3, slots))
         unwritten = jnp.where(held[None, :, None], 0, 1e9)
-        out = first(queries, keys + unwritten, values, mask, jnp.int32(written))
+        out = first(queries, keys + unwritten, values, mask)
         np.testing.assert_allclose(out, attend(queries, keys, values, mask), atol=1e-6)
 
 
@@ -104,21 +103,18 @@ def test_one_token_attends_as_any(batch):
         for i, shape in enumerate([(1, 6, 64), (2, 100, 64), (2, 100, 64)])
     )
     mask = jnp.arange(100)[None, None] < jnp.arange(70, 70 + batch)[:, None, None]
-    plain = jax.vmap(attend)(queries, keys, values, mask)
-    led = jax.vmap(partial(cpu.attend, attend), (0, 0, 0, 0, None))
-    out = jax.jit(led)(queries, keys, values, mask, jnp.int32(80))
-    np.testing.assert_allclose(out, plain, atol=1e-5)
-    gradients = [
-        jax.jit(jax.grad(lambda q, k: jnp.sum(way(q, k) ** 2), argnums=(0, 1)))(
-            queries, keys
-        )
-        for way in (
-            lambda q, k: jax.vmap(attend)(q, k, values, mask),
-            lambda q, k: led(q, k, values, mask, jnp.int32(80)),
-        )
-    ]
-    for expected, found in zip(*gradients):
-        np.testing.assert_allclose(found, expected, atol=1e-5)
+    batched = jax.vmap(attend_ring)
+    square = lambda q, k: jnp.sum(batched(q, k, values, mask) ** 2)
+
+    def run():
+        out = jax.jit(batched)(queries, keys, values, mask)
+        return out, *jax.jit(jax.grad(square, argnums=(0, 1)))(queries, keys)
+
+    found = run()
+    with plain():
+        expected = run()
+    for ours, theirs in zip(found, expected):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -1,0 +1,141 @@
+"""One mechanism: a plain definition, and the programs that compute the same faster.
+
+The model marks a function as replaceable. A module of this wing, or of `devices/`, says for
+which platform it has another program. The model names no platform.
+
+```python
+@replaceable(shared=("weight",))
+def product(x, weight): ...  # the mathematics, for one sequence
+
+@replaces(product, on="cpu")
+def product_on_cpu(x, weight): ...  # the same numbers, for a batch of sequences
+```
+"""
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+
+
+# Every replaceable function of the package, by its name.
+REPLACEABLE: dict[str, Callable] = {}
+_switch = {"plain": False}
+
+
+def replaceable(*, shared: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
+    """Marks a plain function, for which there may be other programs.
+
+    The plain function acts on one sequence. Another program sees a whole batch: each of
+    its arguments has a leading axis `batch`, but for those that are shared. Under `vmap`
+    the rows of the batch go through it together, also under several. If a shared argument
+    is batched, the plain function runs. Derivatives are those of the plain function.
+
+    **Arguments:**
+
+    - `shared`: the arguments that all rows of a batch have in common, as weights are.
+
+    **Returns:**
+
+    A decorator. The decorated function has the attributes `plain`, the function itself,
+    and `others`, the programs by their platform.
+    """
+
+    def decorate(plain: Callable) -> Callable:
+        names = list(inspect.signature(plain).parameters)
+        is_shared = tuple(name in shared for name in names)
+        axes = tuple(None if alone else 0 for alone in is_shared)
+        batched_plain = jax.vmap(plain, axes)
+        others: dict[str, Callable] = {}
+
+        @custom_vmap
+        def on_batch(*args):
+            if any(map(_on_a_mesh, jax.tree.leaves(args))):
+                return others.get("mesh", batched_plain)(*args)
+            ways = {name: way for name, way in others.items() if name != "mesh"}
+            default = ways.pop("any", batched_plain)
+            return jax.lax.platform_dependent(*args, **ways, default=default)
+
+        @on_batch.def_vmap
+        def on_batches(size, batched, *args):
+            is_batched = [any(jax.tree.leaves(leaves)) for leaves in batched]
+            if any(b and alone for b, alone in zip(is_batched, is_shared)):
+                in_axes = jax.tree.map(lambda leaf: 0 if leaf else None, tuple(batched))
+                out = jax.vmap(batched_plain, in_axes)(*args)
+                return out, jax.tree.map(lambda _: True, out)
+
+            def merged(leaf, is_batched):
+                if not is_batched:
+                    leaf = jnp.broadcast_to(leaf[None], (size, *leaf.shape))
+                return leaf.reshape(-1, *leaf.shape[2:])
+
+            out = on_batch(
+                *(
+                    arg if alone else jax.tree.map(merged, arg, leaves)
+                    for arg, leaves, alone in zip(args, batched, is_shared)
+                )
+            )
+            out = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), out)
+            return out, jax.tree.map(lambda _: True, out)
+
+        # A `custom_vmap` alone has no derivative in reverse.
+        @jax.custom_jvp
+        def differentiable(*args):
+            return on_batch(*args)
+
+        @differentiable.defjvp
+        def derivative(primals, tangents):
+            return jax.jvp(batched_plain, primals, tangents)
+
+        @functools.wraps(plain)
+        def call(*args):
+            if _switch["plain"] or not others:
+                return plain(*args)
+            one = lambda arg: jax.tree.map(lambda leaf: leaf[None], arg)
+            rows = [arg if alone else one(arg) for arg, alone in zip(args, is_shared)]
+            return jax.tree.map(lambda x: x[0], differentiable(*rows))
+
+        call.plain, call.others = plain, others
+        REPLACEABLE[plain.__name__] = call
+        return call
+
+    return decorate
+
+
+def replaces(function: Callable, *, on: str) -> Callable[[Callable], Callable]:
+    """Says that the decorated program computes what a replaceable function does.
+
+    **Arguments:**
+
+    - `function`: the replaceable function.
+    - `on`: a platform of JAX (`"cpu"`, `"cuda"`, `"rocm"`, `"tpu"`); `"any"` for all of
+        those without a program of their own; or `"mesh"`, for arrays that are spread over
+        several devices, whatever these are.
+    """
+
+    def decorate(other: Callable) -> Callable:
+        function.others[on] = other
+        return other
+
+    return decorate
+
+
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """Inside, only plain functions run. Compiled programs are dropped at both ends, because
+    they do not know how they were made."""
+    before, _switch["plain"] = _switch["plain"], True
+    jax.clear_caches()
+    try:
+        yield
+    finally:
+        _switch["plain"] = before
+        jax.clear_caches()
+
+
+def _on_a_mesh(leaf) -> bool:
+    return isinstance(leaf, jax.Array) and not jax.typeof(leaf).sharding.mesh.empty

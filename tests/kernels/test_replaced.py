@@ -1,0 +1,147 @@
+"""Whatever takes the place of a plain function computes the same: on random inputs, in
+every dtype, for one sequence and for batches."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mistral_eqx.kernels.replaced import REPLACEABLE, plain, replaceable, replaces
+from mistral_eqx.layers import FeedForward
+
+
+DTYPES = [jnp.float32, jnp.bfloat16]
+
+
+def normal(rng, *shape, dtype=jnp.float32):
+    return jnp.asarray(rng.standard_normal(shape), dtype)
+
+
+def of_product(rng, dtype):
+    for rows, width in (1, 24), (3, 24), (40, 24), (1, 4099), (2, 9000):
+        yield (normal(rng, rows, width, dtype=dtype), normal(rng, 8, width, dtype=dtype))
+
+
+def of_lookup(rng, dtype):
+    tokens = jnp.array([3, 0, 11, 12, -1, 3], jnp.int32)
+    yield tokens, normal(rng, 12, 5, dtype=dtype)
+
+
+def of_turn(rng, dtype):
+    positions = jnp.array([-3, 0, 1, 7, 32767], jnp.int32)
+    yield positions, jnp.asarray(1e4 ** -np.linspace(0, 1, 8), jnp.float32)
+
+
+def of_score(rng, dtype):
+    for rows, head_dim in (1, 64), (3, 64), (20, 64), (3, 8):
+        queries, keys = (rows, head_dim), (50, head_dim)
+        yield (normal(rng, 2, *queries, dtype=dtype), normal(rng, 2, *keys, dtype=dtype))
+
+
+def of_attend_ring(rng, dtype):
+    for seq, slots, head_dim in (1, 40, 64), (1, 600, 64), (5, 600, 8), (5, 128, 64):
+        for written in {seq, slots // 2, slots // 2 + 1, slots}:
+            seen = jnp.arange(slots)[None] < written - jnp.arange(seq)[::-1, None]
+            ring = (2, slots, head_dim)
+            yield (
+                normal(rng, seq, 6, head_dim, dtype=dtype),
+                normal(rng, *ring, dtype=dtype),
+                normal(rng, *ring, dtype=dtype),
+                seen,
+            )
+
+
+def of_mix(rng, dtype):
+    for seq, n_experts, top_k in (1, 4, 2), (30, 4, 2), (150, 4, 3), (6, 1, 1):
+        make = lambda key: FeedForward(8, 12, dtype=dtype, key=key)
+        experts = jax.vmap(make)(jax.random.split(jax.random.key(0), n_experts))
+        logits = normal(rng, seq, n_experts)
+        weights, chosen = jax.lax.top_k(jax.nn.softmax(logits), top_k)
+        x = normal(rng, seq, 8, dtype=dtype)
+        yield experts, x, chosen.astype(jnp.int32), weights.astype(dtype)
+
+
+INPUTS = {
+    name.removeprefix("of_"): make for name, make in globals().items() if name[:3] == "of_"
+}
+
+
+def assert_same(found, expected, dtype):
+    for ours, theirs in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        assert ours.dtype == theirs.dtype
+        ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+        size = np.abs(np.nan_to_num(theirs)).max()
+        # A bfloat16 has 8 bits, and a chain of products rounds a few times.
+        tolerance = 2e-5 if dtype == jnp.float32 else 3e-2
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * max(size, 1))
+
+
+def test_every_replaceable_function_is_tested():
+    assert set(INPUTS) == set(REPLACEABLE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", INPUTS)
+def test_replaced_is_plain(name, dtype):
+    function = REPLACEABLE[name]
+    for args in INPUTS[name](np.random.default_rng(0), dtype):
+        with plain():
+            expected = jax.jit(function)(*args)
+        assert_same(jax.jit(function)(*args), expected, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", INPUTS)
+def test_a_batch_is_its_rows(name, dtype):
+    function = REPLACEABLE[name]
+    args = next(INPUTS[name](np.random.default_rng(1), dtype))
+    shared = {"product": [1], "lookup": [1], "turn": [1], "mix": [0]}.get(name, [])
+    axes = tuple(None if i in shared else 0 for i in range(len(args)))
+    stack = lambda arg: jax.tree.map(lambda leaf: jnp.stack([leaf, leaf[::-1]]), arg)
+    batch = [arg if i in shared else stack(arg) for i, arg in enumerate(args)]
+    found = jax.jit(jax.vmap(function, axes))(*batch)
+    row = lambda tree, i: jax.tree.map(lambda leaf: leaf[i], tree)
+    for i in range(2):
+        alone = [arg if j in shared else row(arg, i) for j, arg in enumerate(batch)]
+        with plain():
+            expected = jax.jit(function)(*alone)
+        assert_same(row(found, i), expected, dtype)
+
+
+def test_the_mechanism():
+    """A batch comes in one call, also through two `vmap`s; derivatives are the plain ones;
+    arrays on a mesh take their own way; nothing happens while all is plain."""
+    seen = []
+
+    @replaceable(shared=("y",))
+    def double(x, y):
+        return 2 * x + y
+
+    @replaces(double, on="cpu")
+    def on_a_cpu(x, y):
+        seen.append(x.shape)
+        return 3 * x + y[None]
+
+    @replaces(double, on="mesh")
+    def on_a_mesh(x, y):
+        return 4 * x + y[None]
+
+    del REPLACEABLE["double"]
+    x, y = jnp.ones((2, 5, 3)), jnp.zeros(3)
+    twice = jax.vmap(jax.vmap(double, (0, None)), (0, None))
+    np.testing.assert_array_equal(jax.jit(twice)(x, y), 3 * x)
+    np.testing.assert_array_equal(jax.jit(double)(x[0, 0], y), [3, 3, 3])
+    # As a batch of ten, and as a batch of one (and while `vmap` looks at the shapes).
+    assert {(10, 3), (1, 3)} <= set(seen)
+    gradient = jax.grad(lambda x: jnp.sum(twice(x, y)))(x)
+    np.testing.assert_array_equal(gradient, 2 * jnp.ones_like(x))
+    many = jax.vmap(double)(x[0], jnp.zeros((5, 3)))
+    np.testing.assert_array_equal(many, 2 * x[0])
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    np.testing.assert_array_equal(jax.jit(twice)(jax.device_put(x, place), y), 4 * x)
+    with plain():
+        np.testing.assert_array_equal(jax.jit(twice)(x, y), 2 * x)
+    np.testing.assert_array_equal(jax.jit(twice)(x, y), 3 * x)
