@@ -67,14 +67,15 @@ def attend(
     return out.reshape(seq, heads, head_dim).astype(queries.dtype)
 
 
-@replaceable()
+@replaceable(shared=("length",))
 def attend_ring(
     queries: Float[Array, "seq heads head_dim"],
     keys: Float[Array, "kv_heads slots head_dim"],
     values: Float[Array, "kv_heads slots head_dim"],
     mask: Bool[Array, "seq slots"],
+    length: Int32[Array, ""],
 ) -> Float[Array, "seq heads head_dim"]:
-    """Attention to the ring of a cache, of which much may not be written yet."""
+    """Attention to the ring of a cache. Slots from `length` on are not written yet."""
     return attend(queries, keys, values, mask)
 
 
@@ -150,7 +151,7 @@ class Attention(eqx.Module):
             padding = length - positions[0]
             key_positions = cache.indices(length + seq) - padding
             mask = visible(positions, key_positions, self.window)
-            out = attend_ring(queries, cache.keys, cache.values, mask)
+            out = attend_ring(queries, cache.keys, cache.values, mask, length + seq)
         return self.wo(out.reshape(seq, self.n_heads * self.head_dim)), cache
 
     def _attend_sequence(

@@ -9,7 +9,7 @@ import os
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from .. import attention, layers, rope
 from .replaced import replaces
@@ -104,9 +104,10 @@ def attend_ring(
     keys: Float[Array, "batch kv_heads slots head_dim"],
     values: Float[Array, "batch kv_heads slots head_dim"],
     mask: Bool[Array, "batch seq slots"],
+    length: Int32[Array, ""],
 ) -> Float[Array, "batch seq heads head_dim"]:
     """[`mistral_eqx.attention.attend_ring`][], with the first slots only if the others are
-    not seen: half of them, or half of that, and so on. The `switch` also keeps XLA from
+    not written: half of them, or half of that, and so on. The `switch` also keeps XLA from
     copying the whole ring at each update.
 
     A chunk attends in its own dtype, which may be narrower than the cache's: its many rows
@@ -123,9 +124,7 @@ def attend_ring(
             q, first(k), first(v), m[:, :, :n]
         )
 
-    numbers = jnp.arange(1, slots + 1, dtype=jnp.int32)
-    seen = jnp.max(jnp.where(jnp.any(mask, axis=(0, 1)), numbers, 0))
-    index = jnp.sum(seen <= jnp.array(sizes[1:], jnp.int32), dtype=jnp.int32)
+    index = sum(((length <= size).astype(jnp.int32) for size in sizes[1:]), jnp.int32(0))
     return jax.lax.switch(index, [branch(n) for n in sizes], queries, keys, values, mask)
 
 

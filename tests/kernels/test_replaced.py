@@ -48,6 +48,7 @@ def of_attend_ring(rng, dtype):
                 normal(rng, *ring, dtype=dtype),
                 normal(rng, *ring, dtype=dtype),
                 seen,
+                jnp.int32(written),
             )
 
 
@@ -97,7 +98,13 @@ def test_replaced_is_plain(name, dtype):
 def test_a_batch_is_its_rows(name, dtype):
     function = REPLACEABLE[name]
     args = next(INPUTS[name](np.random.default_rng(1), dtype))
-    shared = {"product": [1], "lookup": [1], "turn": [1], "mix": [0]}.get(name, [])
+    shared = {
+        "product": [1],
+        "lookup": [1],
+        "turn": [1],
+        "mix": [0],
+        "attend_ring": [4],
+    }.get(name, [])
     axes = tuple(None if i in shared else 0 for i in range(len(args)))
     stack = lambda arg: jax.tree.map(lambda leaf: jnp.stack([leaf, leaf[::-1]]), arg)
     batch = [arg if i in shared else stack(arg) for i, arg in enumerate(args)]
