@@ -11,7 +11,7 @@ from .cache import LayerCache
 from .config import Llama4Scaling, ModelConfig
 from .kernels.replaced import replaceable
 from .layers import Linear
-from .rope import query_scale, rotate
+from .rope import Places, query_scale, rotate
 
 
 def visible(
@@ -118,18 +118,14 @@ class Attention(eqx.Module):
     def __call__(
         self,
         x: Float[Array, "seq dim"],
-        positions: Int32[Array, "seq"],
-        rotation: tuple[Float32[Array, "seq half"], Float32[Array, "seq half"]],
+        places: Places,
         cache: LayerCache | None,
-        length: Int32[Array, ""],
     ) -> tuple[Float[Array, "seq dim"], LayerCache | None]:
         """**Arguments:**
 
         - `x`: the normalised residual stream.
-        - `positions`: of every token of `x`; negative for pads.
-        - `rotation`: the cosine and sine of their angles.
+        - `places`: where the tokens of `x` stand.
         - `cache`: what came before `x`, or `None` if nothing did.
-        - `length`: how many tokens of the row, pads included, came before `x`.
 
         **Returns:**
 
@@ -140,7 +136,9 @@ class Attention(eqx.Module):
         keys = self.wk(x).reshape(seq, self.n_kv_heads, self.head_dim)
         values = self.wv(x).reshape(seq, self.n_kv_heads, self.head_dim)
         # Keys are stored turned by their own position: the ring needs no order.
-        queries, keys = rotate(queries, *rotation), rotate(keys, *rotation)
+        queries = rotate(queries, places.cos, places.sin)
+        keys = rotate(keys, places.cos, places.sin)
+        positions, length = places.positions, places.length
         if self.scaling is not None:
             scale = query_scale(positions, self.scaling).astype(queries.dtype)
             queries = queries * scale[:, None, None]

@@ -14,7 +14,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Float, Int, Int32, PyTree
 
 from .config import ModelConfig
 
@@ -96,6 +96,13 @@ class Cache(eqx.Module):
     def slots(self) -> tuple[int, ...]:
         """The size of every layer's ring."""
         return tuple(layer.slots for layer in self.layers)
+
+    def after(self, layers: PyTree[Array], n_tokens: int) -> "Cache":
+        """The cache once `n_tokens` more were written into these layers."""
+        length = self.length + n_tokens
+        return eqx.tree_at(
+            lambda cache: (cache.layers, cache.length), self, (layers, length)
+        )
 
     @property
     def axes(self) -> "Cache":

@@ -16,7 +16,6 @@ from tqdm import tqdm
 from .cache import Cache, chunk_sizes
 from .devices.processes import to_host
 from .devices.sharding import shard_cache, shard_rows
-from .devices.stages import stage_cache
 from .kernels import cpu
 from .transformer import Transformer
 
@@ -128,8 +127,8 @@ def _make_cache(
     max_length: int,
     dtype: DTypeLike,
 ) -> Cache:
-    cache = Cache(model.config, padding, chunk=chunk, max_length=max_length, dtype=dtype)
-    return shard_cache(stage_cache(cache, model), model)
+    options = {"chunk": chunk, "max_length": max_length, "dtype": dtype}
+    return shard_cache(model.empty_cache(padding, **options), model)
 
 
 # Not by `eqx.filter_jit`, which waits for the result: the host is to stay ahead.

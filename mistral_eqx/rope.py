@@ -2,12 +2,47 @@
 
 import math
 
+import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Int, Int32
 
-from .config import Llama4Scaling, Yarn
+from .config import Llama4Scaling, ModelConfig, Yarn
 from .kernels.replaced import replaceable
+
+
+class Places(eqx.Module):
+    """Where the tokens of a chunk stand in their row.
+
+    **Attributes:**
+
+    - `positions`: of the tokens; negative for pads.
+    - `cos`, `sin`: of every position's angles, as [`rotation`][] returns them.
+    - `length`: how many tokens of the row, pads included, came before the chunk.
+    """
+
+    positions: Int32[Array, "*batch seq"]
+    cos: Float32[Array, "*batch seq half"]
+    sin: Float32[Array, "*batch seq half"]
+    length: Int32[Array, "*batch"]
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        positions: Int[Array, "seq"],
+        length: Int[Array, ""] | None = None,
+    ):
+        """**Arguments:**
+
+        - `config`: of the model.
+        - `positions`: of the tokens.
+        - `length`: how many tokens came before; by default none.
+        """
+        self.positions = positions.astype(jnp.int32)
+        self.cos, self.sin = rotation(
+            positions, config.head_dim, config.rope_theta, config.yarn
+        )
+        self.length = jnp.zeros((), jnp.int32) if length is None else length
 
 
 def rotation(

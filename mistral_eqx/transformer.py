@@ -5,15 +5,14 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, Int, Int32, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
 from .attention import Attention
 from .cache import Cache, LayerCache
 from .config import ModelConfig
-from .devices.stages import Stages
 from .layers import Embedding, FeedForward, Linear, RMSNorm, product
 from .moe import MixtureOfExperts
-from .rope import rotation
+from .rope import Places
 
 
 class TransformerBlock(eqx.Module):
@@ -45,32 +44,26 @@ class TransformerBlock(eqx.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps, dtype=dtype)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps, dtype=dtype)
 
-    # A program is sooner traced: blocks of the same shapes are traced once.
+    # Each block is jitted, so identical blocks are traced once.
     @eqx.filter_jit
     def __call__(
         self,
         x: Float[Array, "seq dim"],
-        positions: Int32[Array, "seq"],
-        rotation: tuple[Float32[Array, "seq half"], Float32[Array, "seq half"]],
+        places: Places,
         cache: LayerCache | None,
-        length: Int32[Array, ""],
     ) -> tuple[Float[Array, "seq dim"], LayerCache | None]:
         """As [`Attention`][], but for the whole block: `x` comes back with both added."""
-        x, cache = self.attend(x, positions, rotation, cache, length)
+        x, cache = self.attend(x, places, cache)
         return self.feed(x), cache
 
     def attend(
         self,
         x: Float[Array, "seq dim"],
-        positions: Int32[Array, "seq"],
-        rotation: tuple[Float32[Array, "seq half"], Float32[Array, "seq half"]],
+        places: Places,
         cache: LayerCache | None,
-        length: Int32[Array, ""],
     ) -> tuple[Float[Array, "seq dim"], LayerCache | None]:
         """The first half of the block: `x` comes back with what was attended added."""
-        attended, cache = self.attention(
-            self.attention_norm(x), positions, rotation, cache, length
-        )
+        attended, cache = self.attention(self.attention_norm(x), places, cache)
         return x + attended, cache
 
     def feed(self, x: Float[Array, "seq dim"]) -> Float[Array, "seq dim"]:
@@ -93,7 +86,7 @@ class Transformer(eqx.Module):
     """
 
     tok_embeddings: Embedding
-    layers: tuple[TransformerBlock, ...] | Stages
+    layers: tuple[TransformerBlock, ...]
     norm: RMSNorm
     output: Linear | None
     config: ModelConfig = eqx.field(static=True)
@@ -151,36 +144,30 @@ class Transformer(eqx.Module):
         self, tokens: Int[Array, "seq"], cache: Cache | None = None
     ) -> tuple[tuple[Float[Array, "seq dim"], ...], Cache | None]:
         """The residual stream: `n_layers + 1` arrays, of which the first is the embedding
-        and each other the output of a block. Arguments are those of `__call__`. What stages
-        hand on stays with them: of a model in stages, the first and the last array."""
-        length, positions, angles = self._places(tokens, cache)
-        x = self.tok_embeddings(tokens)
-        if isinstance(self.layers, Stages):
-            one = lambda tree: jax.tree.map(lambda a: a[None], tree)
-            rows = None if cache is None else one(cache.layers)
-            out, rows, _ = self.layers(*one((x, positions, angles)), rows, length)
-            return (x, out[0]), _after(cache, jax.tree.map(lambda a: a[0], rows), tokens)
-        hidden, layer_caches = [x], []
+        and each other the output of a block. Arguments are those of `__call__`."""
+        places = self.places(tokens, cache)
+        hidden, layer_caches = [self.tok_embeddings(tokens)], []
         for i, block in enumerate(self.layers):
             layer_cache = None if cache is None else cache.layers[i]
-            x, layer_cache = block(x, positions, angles, layer_cache, length)
+            x, layer_cache = block(hidden[-1], places, layer_cache)
             hidden.append(x)
             layer_caches.append(layer_cache)
-        return tuple(hidden), _after(cache, tuple(layer_caches), tokens)
+        if cache is not None:
+            cache = cache.after(tuple(layer_caches), tokens.shape[0])
+        return tuple(hidden), cache
+
+    def places(self, tokens: Int[Array, "seq"], cache: Cache | None) -> Places:
+        """Where `tokens` stand, behind what the cache holds."""
+        indices = jnp.arange(tokens.shape[0], dtype=jnp.int32)
+        if cache is None:
+            return Places(self.config, indices)
+        return Places(self.config, cache.length - cache.padding + indices, cache.length)
 
     def batch(
         self, tokens: Int[Array, "batch seq"], cache: Cache | None = None
     ) -> tuple[Float[Array, "batch seq dim"], Cache | None]:
-        """The last of the `hidden_states` of every row, and the cache of all. The stages of
-        a model that has them work on different rows at the same time."""
+        """The last of the `hidden_states` of every row, and the cache of all."""
         axes = None if cache is None else cache.axes
-        if isinstance(self.layers, Stages):
-            places = jax.vmap(self._places, (0, axes), (None, 0, 0))
-            length, positions, angles = places(tokens, cache)
-            x = jax.vmap(self.tok_embeddings)(tokens)
-            rows = None if cache is None else cache.layers
-            x, rows, _ = self.layers(x, positions, angles, rows, length)
-            return x, _after(cache, rows, tokens)
 
         def row(tokens, cache):
             hidden, cache = self.hidden_states(tokens, cache)
@@ -188,45 +175,34 @@ class Transformer(eqx.Module):
 
         return jax.vmap(row, (0, axes), (0, axes))(tokens, cache)
 
+    def empty_cache(
+        self,
+        padding: Int[Array, "*batch"],
+        *,
+        chunk: int,
+        max_length: int,
+        dtype: DTypeLike,
+    ) -> Cache:
+        """A [`Cache`][] for this model, which see for the arguments."""
+        options = {"chunk": chunk, "max_length": max_length, "dtype": dtype}
+        return Cache(self.config, padding, **options)
+
     def with_router_logits(
         self, tokens: Int[Array, "batch seq"]
     ) -> tuple[Float[Array, "batch seq dim"], Float[Array, "batch layers seq experts"]]:
         """For training a Mixtral: what `batch` returns for whole sequences, and the logits
         of each token's experts in every layer."""
-        length, positions, angles = self._places(tokens[0], None)
+        places = self.places(tokens[0], None)
 
         def row(tokens):
             x, router_logits = self.tok_embeddings(tokens), []
             for block in self.layers:
-                x, _ = block.attend(x, positions, angles, None, length)
+                x, _ = block.attend(x, places, None)
                 router_logits.append(block.router_logits(x))
                 x = block.feed(x)
             return x, jnp.stack(router_logits)
 
-        if not isinstance(self.layers, Stages):
-            return jax.vmap(row)(tokens)
-        repeat = lambda a: jnp.broadcast_to(a[None], (tokens.shape[0], *a.shape))
-        positions, angles = jax.tree.map(repeat, (positions, angles))
-        x = jax.vmap(self.tok_embeddings)(tokens)
-        x, _, router_logits = self.layers(
-            x, positions, angles, None, length, n_experts=self.config.moe.num_experts
-        )
-        return x, router_logits
-
-    def _places(
-        self, tokens: Int[Array, "seq"], cache: Cache | None
-    ) -> tuple[
-        Int32[Array, ""],
-        Int32[Array, "seq"],
-        tuple[Float32[Array, "seq half"], Float32[Array, "seq half"]],
-    ]:
-        """How many tokens came before, and the positions of these and their angles."""
-        length = jnp.int32(0) if cache is None else cache.length
-        padding = jnp.int32(0) if cache is None else cache.padding
-        positions = length - padding + jnp.arange(tokens.shape[0], dtype=jnp.int32)
-        config = self.config
-        angles = rotation(positions, config.head_dim, config.rope_theta, config.yarn)
-        return length, positions, angles
+        return jax.vmap(row)(tokens)
 
     def logits(self, hidden: Float[Array, "seq dim"]) -> Float32[Array, "seq vocab"]:
         """The logits of the token that follows each: `hidden` is the last of
@@ -237,13 +213,3 @@ class Transformer(eqx.Module):
         else:
             logits = self.output(hidden)
         return logits.astype(jnp.float32)
-
-
-def _after(
-    cache: Cache | None, layers: PyTree[Array], tokens: Int[Array, "*batch seq"]
-) -> Cache | None:
-    """The cache with `tokens` in its layers."""
-    if cache is None:
-        return None
-    length = cache.length + tokens.shape[-1]
-    return eqx.tree_at(lambda c: (c.layers, c.length), cache, (layers, length))

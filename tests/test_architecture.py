@@ -20,26 +20,26 @@ FLOORS = {
     "cache": 1,
     "devices.mesh": 1,
     "files.huggingface": 1,
-    "devices.stages": 2,
-    "devices.sharding": 3,
     "attention": 3,
     "moe": 3,
     "transformer": 4,
+    "devices.stages": 5,
+    "devices.sharding": 6,
     "kernels.cpu": 4,
     "kernels.experts": 5,
     "devices.experts": 6,
-    "files.checkpoint": 5,
-    "reading": 5,
-    "learning.training": 5,
-    "generation": 6,
-    "files.export": 6,
-    "tokenizer": 6,
-    "beams": 7,
-    "files.inspection": 7,
-    "bench": 7,
-    "text": 8,
-    "chat": 9,
-    "__main__": 10,
+    "files.checkpoint": 7,
+    "reading": 7,
+    "learning.training": 7,
+    "generation": 8,
+    "files.export": 8,
+    "tokenizer": 8,
+    "beams": 9,
+    "files.inspection": 9,
+    "bench": 9,
+    "text": 10,
+    "chat": 11,
+    "__main__": 12,
 }
 WINGS = ("kernels", "devices", "files", "learning")
 FILES = {
@@ -94,6 +94,26 @@ def test_a_wing_has_a_map(wing):
 def test_only_devices_speaks_of_partition_specs():
     for module, path in FILES.items():
         assert module.startswith("devices.") or "PartitionSpec" not in path.read_text()
+
+
+MODEL = ("config", "layers", "rope", "cache", "attention", "moe", "transformer")
+FOREIGN = {
+    *("platform_dependent", "default_backend", "optimization_barrier", "custom_vmap"),
+    *("cpu", "gpu", "tpu", "mesh", "sharding", "Mesh", "NamedSharding", "PartitionSpec"),
+    *("device_put", "devices", "shard_map", "filter_shard", "Path", "open"),
+}
+
+
+@pytest.mark.parametrize("module", MODEL)
+def test_the_model_is_plain_mathematics(module):
+    """It imports itself and the mechanism of `replaced` alone, and names no platform, no
+    device and no file."""
+    own, _ = imports(FILES[module])
+    assert own <= {*MODEL, "kernels.replaced"}
+    tree = ast.parse(FILES[module].read_text())
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert not names & FOREIGN
 
 
 def test_torch_is_not_imported_with_the_package():

@@ -9,7 +9,7 @@ from models import PARAMS
 from mistral_eqx import Attention, ModelConfig
 from mistral_eqx.attention import attend, visible
 from mistral_eqx.cache import LayerCache
-from mistral_eqx.rope import rotation
+from mistral_eqx.rope import Places
 
 
 def normal(*shape, seed=0):
@@ -85,12 +85,12 @@ def test_a_long_sequence_in_blocks(seq, window):
     config = ModelConfig(**PARAMS | {"sliding_window": window, "dim": 8, "n_heads": 2})
     attention = Attention(config, dtype=jnp.float32, key=jax.random.key(0))
     x, positions = normal(seq, 8), jnp.arange(seq, dtype=jnp.int32)
-    angles = rotation(positions, config.head_dim, config.rope_theta)
+    places = Places(config, positions)
     ring = jnp.zeros((config.n_kv_heads, seq, config.head_dim))
 
     @eqx.filter_jit
     def run(attention, cache):
-        return attention(x, positions, angles, cache, jnp.int32(0))
+        return attention(x, places, cache)
 
     out, nothing = run(attention, None)
     assert nothing is None
@@ -100,7 +100,7 @@ def test_a_long_sequence_in_blocks(seq, window):
     mask = np.tri(seq, dtype=bool) & ~np.tri(seq, k=-(window or seq), dtype=bool)
     queries = np.random.default_rng(0).permutation(seq)[:30]
     pairs = attention.wq(x).reshape(seq, 2, config.head_dim)[queries]
-    cos, sin = np.asarray(angles[0])[queries, None], np.asarray(angles[1])[queries, None]
+    cos, sin = (np.asarray(a)[queries, None] for a in (places.cos, places.sin))
     real, imaginary = np.asarray(pairs)[..., 0::2], np.asarray(pairs)[..., 1::2]
     turned = np.stack(
         [real * cos - imaginary * sin, real * sin + imaginary * cos], axis=-1

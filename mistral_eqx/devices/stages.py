@@ -1,14 +1,17 @@
 """Pipeline stages: the layers of a model in groups, each group on devices of its own."""
 
 import math
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int
 
 from ..cache import Cache, LayerCache
+from ..rope import Places
+from ..transformer import Transformer
 from .mesh import WHOLE, complete, mesh_of_array, row_groups
 
 
@@ -32,10 +35,8 @@ class Stages(eqx.Module):
     def __call__(
         self,
         x: Float[Array, "batch seq dim"],
-        positions: Int32[Array, "batch seq"],
-        rotation: tuple[Float32[Array, "batch seq half"], Float32[Array, "batch seq half"]],
+        places: Places,
         caches: tuple[LayerCache, ...] | None,
-        length: Int32[Array, ""],
         *,
         n_experts: int = 0,
     ) -> tuple[
@@ -46,12 +47,14 @@ class Stages(eqx.Module):
         """All layers, in GPipe's schedule: in turn `t`, stage `s` has microbatch `t - s`,
         and hands it on to the next.
 
-        Arguments are those of a block, for a batch. The arrays of a cache have an axis
-        `stages` behind that of the batch, as [`stage_cache`][] makes it. With `n_experts`
+        Arguments are those of a block, for a batch whose rows share `places.length`. The
+        arrays of a cache have an axis `stages` behind that of the batch. With `n_experts`
         the routers' logits are returned too.
         """
         mesh = mesh_of_array(jax.tree.leaves(self.blocks)[0])
         batch, n_stages = x.shape[0], self.n_stages
+        # The length is the same in all rows, and is not cut into microbatches.
+        rest = eqx.tree_at(lambda p: p.length, places, None)
         rows_apart = row_groups(mesh)
         apart = batch % rows_apart == 0
         n_micro = math.gcd(batch // rows_apart if apart else batch, self.microbatches)
@@ -66,11 +69,12 @@ class Stages(eqx.Module):
             caches = jax.tree.map(lambda a: a[:, :, 0], caches)
             stage = stage[0]
 
-            def run(x, positions, rotation, kept):
+            def run(x, places, kept):
+                places = eqx.tree_at(lambda p: p.length, places, length, is_leaf=_is_none)
                 caches, router_logits = [], []
                 for j, block in enumerate(blocks):
                     cache = None if kept[0] is None else kept[0][j]
-                    x, cache = block.attend(x, positions, rotation, cache, length)
+                    x, cache = block.attend(x, places, cache)
                     caches.append(cache)
                     if n_experts > 0:
                         router_logits.append(block.router_logits(x))
@@ -87,7 +91,7 @@ class Stages(eqx.Module):
                 mine, mine_out = jax.tree.map(lambda a: take(a, m), kept)
                 given = jnp.where(stage == 0, take(x, m), received)
                 rest_of_m = jax.tree.map(lambda a: take(a, m), rest)
-                made, written = jax.vmap(run)(given, *rest_of_m, mine)
+                made, written = jax.vmap(run)(given, rest_of_m, mine)
                 keep = lambda a, new, old: put(a, jnp.where(busy, new, old), m)
                 kept = jax.tree.map(keep, kept, (written, made), (mine, mine_out))
                 onward = [(s, s + 1) for s in range(n_stages - 1)]
@@ -116,8 +120,8 @@ class Stages(eqx.Module):
         out, kept = jax.jit(run_stages)(
             self.blocks,
             jnp.arange(n_stages, dtype=jnp.int32),
-            *jax.tree.map(cut, (x, (positions, rotation), caches)),
-            length,
+            *jax.tree.map(cut, (x, rest, caches)),
+            places.length,
         )
         caches, router_logits = jax.tree.map(join, kept)
         if router_logits is not None:
@@ -126,39 +130,115 @@ class Stages(eqx.Module):
         return join(out[-1]), caches, router_logits
 
 
+class PipelinedTransformer(Transformer):
+    """A [`Transformer`][mistral_eqx.Transformer] whose layers are [`Stages`][]. The engine
+    calls it as it calls any model; the stages work on different rows at the same time."""
+
+    layers: Stages
+
+    def __init__(self, model: Transformer, layers: Stages):
+        """**Arguments:**
+
+        - `model`: what embeddings, norm and output are taken from.
+        - `layers`: its layers in stages.
+        """
+        self.tok_embeddings, self.norm = model.tok_embeddings, model.norm
+        self.output, self.config, self.layers = model.output, model.config, layers
+
+    def __call__(
+        self, tokens: Int[Array, "seq"], cache: Cache | None = None
+    ) -> tuple[Float32[Array, "seq vocab"], Cache | None]:
+        """As that of a `Transformer`: the row goes through the stages as a batch of one."""
+        one = lambda array: array[None]
+        if cache is not None:
+            rows = jax.tree.map(one, (cache.layers, cache.padding))
+            cache = eqx.tree_at(lambda c: (c.layers, c.padding), cache, rows)
+        hidden, cache = self.batch(tokens[None], cache)
+        if cache is not None:
+            rows = jax.tree.map(lambda array: array[0], (cache.layers, cache.padding))
+            cache = eqx.tree_at(lambda c: (c.layers, c.padding), cache, rows)
+        return self.logits(hidden[0]), cache
+
+    def hidden_states(
+        self, tokens: Int[Array, "seq"], cache: Cache | None = None
+    ) -> tuple[tuple[Float[Array, "seq dim"], ...], None]:
+        """As those of a `Transformer`, for a whole sequence: the layers run one after the
+        other, each gathered from its stage. **Raises** `ValueError` if given a cache."""
+        if cache is not None:
+            raise ValueError("hidden_states of a model in stages takes no cache.")
+        take = lambda stage, block: jax.tree.map(lambda leaf: leaf[stage], block)
+        stages, blocks = range(self.layers.n_stages), self.layers.blocks
+        layers = tuple(take(stage, block) for stage in stages for block in blocks)
+        places, hidden = self.places(tokens, None), [self.tok_embeddings(tokens)]
+        for block in layers:
+            x, _ = block(hidden[-1], places, None)
+            hidden.append(x)
+        return tuple(hidden), None
+
+    def batch(
+        self, tokens: Int[Array, "batch seq"], cache: Cache | None = None
+    ) -> tuple[Float[Array, "batch seq dim"], Cache | None]:
+        """As that of a `Transformer`."""
+        rows = None if cache is None else cache.layers
+        x, rows, _ = self.layers(*self._start(tokens, cache), rows)
+        return x, None if cache is None else cache.after(rows, tokens.shape[1])
+
+    def empty_cache(self, padding: Int[Array, "*batch"], **options: Any) -> Cache:
+        """As that of a `Transformer`, with the layers of each stage together."""
+        cache = Transformer.empty_cache(self, padding, **options)
+        axis, size = cache.padding.ndim, len(self.layers.blocks)
+        stack = lambda *leaves: jnp.stack(leaves, axis)
+        layers = tuple(jax.tree.map(stack, *cache.layers[j::size]) for j in range(size))
+        return eqx.tree_at(lambda c: c.layers, cache, layers)
+
+    def with_router_logits(
+        self, tokens: Int[Array, "batch seq"]
+    ) -> tuple[Float[Array, "batch seq dim"], Float[Array, "batch layers seq experts"]]:
+        """As that of a `Transformer`."""
+        n_experts = self.config.moe.num_experts
+        start = self._start(tokens, None)
+        x, _, router_logits = self.layers(*start, None, n_experts=n_experts)
+        return x, router_logits
+
+    def _start(
+        self, tokens: Int[Array, "batch seq"], cache: Cache | None
+    ) -> tuple[Float[Array, "batch seq dim"], Places]:
+        """The embeddings of a batch, and where its tokens stand."""
+        axes = None if cache is None else cache.axes
+        places = jax.vmap(self.places, (0, axes))(tokens, cache)
+        places = eqx.tree_at(lambda p: p.length, places, places.length[0])
+        return jax.vmap(self.tok_embeddings)(tokens), places
+
+
 def in_stages(
-    model: eqx.Module, mesh: Mesh | AbstractMesh, *, microbatches: int | None = None
-) -> eqx.Module:
+    model: Transformer, mesh: Mesh | AbstractMesh, *, microbatches: int | None = None
+) -> Transformer:
     """The model with its layers in stages, if the mesh has an axis for them. `model` may be
     a skeleton. Arguments and errors are those of [`shard`][]."""
     if microbatches is not None and microbatches < 1:
         raise ValueError(f"microbatches must be 1 or more, got {microbatches}.")
     n_stages = mesh.shape.get("pipe", 1)
     complete(mesh, model.config)
-    blocks, size = model.layers, model.config.n_layers // n_stages
-    if isinstance(blocks, Stages):
-        if blocks.n_stages != n_stages:
+    size = model.config.n_layers // n_stages
+    if isinstance(model, PipelinedTransformer):
+        stages = model.layers
+        if stages.n_stages != n_stages:
             raise ValueError(
-                f"The model is in {blocks.n_stages} stages already, and the mesh has "
+                f"The model is in {stages.n_stages} stages already, and the mesh has "
                 f"pipe={n_stages}: shard the model that it was made from."
             )
-        microbatches, blocks = microbatches or blocks.microbatches, blocks.blocks
+        microbatches, blocks = microbatches or stages.microbatches, stages.blocks
     elif n_stages == 1:
         return model
     else:
         stack = lambda *leaves: jnp.stack(leaves)
         if isinstance(model.norm.weight, jax.ShapeDtypeStruct):
             stack = lambda *leaves: jax.eval_shape(lambda *x: jnp.stack(x), *leaves)
-        blocks = tuple(jax.tree.map(stack, *blocks[j::size]) for j in range(size))
-    layers = Stages(blocks, n_stages, microbatches or n_stages)
-    return eqx.tree_at(lambda m: m.layers, model, layers)
+        layers = model.layers
+        blocks = tuple(jax.tree.map(stack, *layers[j::size]) for j in range(size))
+    stages = Stages(blocks, n_stages, microbatches or n_stages)
+    return PipelinedTransformer(model, stages)
 
 
-def stage_cache(cache: Cache, model: eqx.Module) -> Cache:
-    """Gives the layers of a new cache to the stages of a model, if it has any."""
-    if not isinstance(model.layers, Stages):
-        return cache
-    axis, size = cache.padding.ndim, len(model.layers.blocks)
-    stack = lambda *leaves: jnp.stack(leaves, axis)
-    layers = tuple(jax.tree.map(stack, *cache.layers[j::size]) for j in range(size))
-    return eqx.tree_at(lambda c: c.layers, cache, layers)
+def _is_none(x: Any) -> bool:
+    return x is None

@@ -14,11 +14,10 @@ from jax.sharding import AbstractMesh
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from ..cache import Cache
 from ..config import ModelConfig
 from ..devices.mesh import row_groups
 from ..devices.sharding import cache_shardings, shardings
-from ..devices.stages import in_stages, stage_cache
+from ..devices.stages import in_stages
 from ..reading import default_chunk, next_power_of_two
 from ..tokenizer import check_vocabulary, load_tokenizer
 from ..transformer import Transformer
@@ -148,8 +147,8 @@ def plan(
     def make_cache():
         padding = jnp.zeros(rows, jnp.int32)
         capacity = next_power_of_two(context)
-        cache = Cache(config, padding, chunk=chunk, max_length=capacity, dtype=dtype)
-        return stage_cache(cache, model)
+        options = {"chunk": chunk, "max_length": capacity, "dtype": dtype}
+        return model.empty_cache(padding, **options)
 
     cache = eqx.filter_eval_shape(make_cache)
     weights, weights_here = _held(model, places)

@@ -210,12 +210,12 @@ matched = one_file_with(sliding_window=63)
 # %%
 def taps_package(model):
     config, positions = model.config, jnp.arange(128, dtype=jnp.int32)
-    angles = mx.rope.rotation(positions, config.head_dim, config.rope_theta)
+    places = mx.rope.Places(config, positions)
     x = model.tok_embeddings(jnp.asarray(tokens))  # [T, D]
     taps = [x]
     for block in model.layers:
         normed = block.attention_norm(x)
-        taps.append(x + block.attention(normed, positions, angles, None, jnp.int32(0))[0])
+        taps.append(x + block.attention(normed, places, None)[0])
         x = taps[-1] + block.feed_forward(block.ffn_norm(taps[-1]))
         taps.append(x)
     return jnp.stack(taps), model.logits(x)  # [2L + 1, T, D], [T, V]

@@ -451,12 +451,10 @@ def blocked(n, window):  # the package's attention, without its four matrix prod
     config = dataclasses.replace(package.config, sliding_window=window)
     layer = eqx.filter_eval_shape(mx.Attention, config, dtype=jnp.float32, key=key)
     x = jax.ShapeDtypeStruct((n, 256), jnp.float32)
-    positions = jax.ShapeDtypeStruct((n,), jnp.int32)
-    angle = jax.ShapeDtypeStruct((n, 16), jnp.float32)
-    length = jax.ShapeDtypeStruct((), jnp.int32)
-    run = lambda layer, x, p, angle, length: layer(x, p, (angle, angle), None, length)[0]
+    places = eqx.filter_eval_shape(mx.rope.Places, config, jnp.arange(n))
+    run = lambda layer, x, places: layer(x, places, None)[0]
     products = 2 * n * 256 * (256 + 64 + 64 + 256)
-    return flops(run, layer, x, positions, angle, length) - products
+    return flops(run, layer, x, places) - products
 
 
 lengths = [64, 128, 256, 512, 1024]

@@ -223,13 +223,11 @@ def keys_of_both(dtype, n=100):
     block, other = cast(package.layers[0]), cast(one_file.layers[0])
     x = cast(package.tok_embeddings)(jnp.asarray(tokens[:n]))  # [T, D]
     positions = jnp.arange(n, dtype=jnp.int32)
-    angles = mx.rope.rotation(positions, config.head_dim, config.rope_theta)
+    places = mx.rope.Places(config, positions)
     freqs = one_file_ref.precompute_freqs_cis(32, positions, config.rope_theta)
     kept = [jnp.zeros((config.n_kv_heads, 200, config.head_dim), dtype)] * 2
     empty = mx.cache.LayerCache(*kept)
-    _, kept = block.attention(
-        block.attention_norm(x), positions, angles, empty, jnp.int32(0)
-    )
+    _, kept = block.attention(block.attention_norm(x), places, empty)
     ring_ = cast(one_file).empty_cache(1, n)[0]
     _, (keys, _) = other.attention(
         other.attention_norm(x[None]), freqs, positions, jnp.zeros((n, n), dtype), ring_

@@ -76,10 +76,10 @@ print(jax.make_jaxpr(lambda x: package.norm(x))(x).pretty_print(use_color=False)
 # %%
 def scanned(model, stacked, tokens):
     positions = jnp.arange(tokens.shape[0], dtype=jnp.int32)
-    angles = mx.rope.rotation(positions, model.config.head_dim, model.config.rope_theta)
+    places = mx.rope.Places(model.config, positions)
 
     def body(x, block):
-        return block(x, positions, angles, None, jnp.int32(0))[0], None
+        return block(x, places, None)[0], None
 
     x, _ = jax.lax.scan(body, model.tok_embeddings(tokens), stacked)
     return model.logits(x)
@@ -492,11 +492,11 @@ nb.guess("Loop on the device over eager", my_speedup, f"{speedup:.0f}x")
 # %%
 def scanned_step(model, stacked, rings, token, length):
     positions = jnp.atleast_1d(length)
-    angles = mx.rope.rotation(positions, model.config.head_dim, model.config.rope_theta)
+    places = mx.rope.Places(model.config, positions, length)
 
     def body(x, layer):
         block, ring = layer
-        return block(x, positions, angles, ring, length)
+        return block(x, places, ring)
 
     x, rings = jax.lax.scan(body, model.tok_embeddings(token), (stacked, rings))
     return model.logits(x), rings
