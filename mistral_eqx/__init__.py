@@ -12,19 +12,19 @@ from .attention import Attention as Attention
 from .cache import Cache as Cache
 from .chat import Chat as Chat, chat as chat, encode_chat as encode_chat
 from .config import ModelConfig as ModelConfig
-
-# The programs in these modules take the place of plain functions of the model.
-from .devices import experts as _  # noqa: E402, F401, I001
-from .devices.sharding import shard as shard
-from .files.checkpoint import load_model as load_model
-from .files.export import convert as convert, save as save
-from .generation import (
+from .decoding import (
     DecodeState as DecodeState,
     decode as decode,
     decode_step as decode_step,
+    prefill as prefill,
 )
-from .kernels import cpu as _, experts as _  # noqa: E402, F401, F811
-from .reading import prefill as prefill
+from .devices import experts as _mesh_experts  # noqa: F401
+from .devices.sharding import shard as shard
+from .files.checkpoint import load_model as load_model
+from .files.export import convert as convert, save as save
+
+# What stands in these modules takes the place of plain functions of the model.
+from .kernels import cpu as _cpu, experts as _experts  # noqa: F401
 from .sampling import Sampling as Sampling
 from .text import (
     Completion as Completion,

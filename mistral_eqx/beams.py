@@ -15,10 +15,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32
 
 from .cache import Cache
+from .decoding import forward, prefill
 from .devices.processes import to_host
 from .devices.sharding import fill_rows, shard_cache
-from .generation import Continuation
-from .reading import check_prompts, forward, next_power_of_two, prefill
+from .prompts import check_prompts, next_power_of_two
 from .transformer import Transformer
 
 
@@ -27,16 +27,22 @@ _NEVER = -1e9
 
 
 @dataclasses.dataclass
-class Beam(Continuation):
+class Beam:
     """One continuation that a search found.
 
-    **Attributes:** those of [`Continuation`][], and
+    **Attributes:**
 
+    - `tokens`, `logprobs`, `alternatives`, `reason`: see
+        [`Continuation`][mistral_eqx.generation.Continuation].
     - `score`: the sum of the log-probabilities, that of the end-of-sequence id included,
         over the number of tokens to the power of the length penalty.
     """
 
-    score: float = 0.0
+    tokens: list[int]
+    logprobs: list[float]
+    reason: str
+    score: float
+    alternatives: tuple[()] = ()
 
 
 class Guesses(eqx.Module):

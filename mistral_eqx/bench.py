@@ -22,11 +22,11 @@ from tqdm import tqdm
 
 from .cache import Cache
 from .config import ModelConfig
+from .decoding import BLOCK, DecodeState, decode, make_cache, prefill
 from .devices.sharding import replicate, shard_rows
 from .files.checkpoint import weight_shapes
-from .generation import BLOCK, DecodeState, decode
-from .kernels import cpu
-from .reading import default_chunk, make_cache, next_power_of_two, prefill
+from .kernels import dtypes
+from .prompts import default_chunk, next_power_of_two
 from .transformer import Transformer
 
 
@@ -89,7 +89,7 @@ def random_model(config: ModelConfig, *, dtype: DTypeLike | None = None) -> Tran
     numbers = sum(math.prod(shape) for shape in weight_shapes(config).values())
     memory = _memory()
     if dtype is None:
-        dtype = cpu.weights_dtype(numbers, jnp.bfloat16, memory)
+        dtype = dtypes.weights_dtype(numbers, jnp.bfloat16, memory)
     size = numbers * np.dtype(dtype).itemsize
     if size > memory:
         raise ValueError(
@@ -400,7 +400,7 @@ def _cores() -> int:
 def _memory() -> int:
     """Of the device, in bytes."""
     if jax.default_backend() == "cpu":
-        return cpu.machine_memory()
+        return dtypes.machine_memory()
     return jax.devices()[0].memory_stats()["bytes_limit"]
 
 

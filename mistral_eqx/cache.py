@@ -14,9 +14,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Int32, PyTree
+from jaxtyping import Array, Bool, Float, Int, Int32, PyTree
 
 from .config import ModelConfig
+
+
+# The padding of a row that gets only pads: more than any length.
+_CLOSED = 1 << 30
 
 
 class LayerCache(eqx.Module):
@@ -103,6 +107,16 @@ class Cache(eqx.Module):
         return eqx.tree_at(
             lambda cache: (cache.layers, cache.length), self, (layers, length)
         )
+
+    @property
+    def closed(self) -> Bool[Array, "*batch"]:
+        """Which rows get only pads, and so cannot be continued."""
+        return self.padding == _CLOSED
+
+    def close(self, rows: Bool[Array, "batch"]) -> "Cache":
+        """The cache of a batch in which some rows get only pads from now on."""
+        padding = jnp.where(rows, _CLOSED, self.padding)
+        return eqx.tree_at(lambda cache: cache.padding, self, padding)
 
     @property
     def axes(self) -> "Cache":

@@ -8,9 +8,11 @@ any is of version 1, whose `[INST]` is plain text.
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Unpack
 
-from .reading import next_power_of_two, prefill
-from .sampling import Sampling
+from .decoding import prefill
+from .prompts import next_power_of_two
+from .sampling import Sampling, SamplingOptions
 from .text import Completion, Writer, write
 from .tokenizer import Tokenizer
 from .transformer import Transformer
@@ -107,12 +109,8 @@ def chat(
     *,
     max_tokens: int = 256,
     stop: str | Sequence[str] = (),
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
     seed: int = 0,
+    **sampling: Unpack[SamplingOptions],
 ) -> Completion:
     """Answers a conversation.
 
@@ -130,16 +128,8 @@ def chat(
     As `encode_chat` and `generate` do.
     """
     writer = Writer(tokenizer, encode_chat(tokenizer, messages), stop=stop)
-    sampling = Sampling(
-        temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-    )
-    answer = write(
-        model, tokenizer, [writer], max_tokens=max_tokens, sampling=sampling, seed=seed
-    )
+    options = {"max_tokens": max_tokens, "seed": seed, "sampling": Sampling(**sampling)}
+    answer = write(model, tokenizer, [writer], **options)
     for _ in answer:
         pass
     return writer.completion
@@ -160,12 +150,8 @@ class Chat:
         system: str | None = None,
         max_tokens: int = 256,
         stop: str | Sequence[str] = (),
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
         seed: int = 0,
+        **sampling: Unpack[SamplingOptions],
     ):
         """**Arguments:**
 
@@ -179,13 +165,7 @@ class Chat:
         self._model, self._tokenizer = model, tokenizer
         self._system = system
         self._max_tokens, self._stop, self._seed = max_tokens, stop, seed
-        self._sampling = Sampling(
-            temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-        )
+        self._sampling = Sampling(**sampling)
         self.reset()
 
     def reset(self) -> None:

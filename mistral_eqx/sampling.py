@@ -1,12 +1,23 @@
 """From the logits of one row to its next token."""
 
 import math
+from typing import TypedDict
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Bool, Float32, Int32, PRNGKeyArray, UInt32
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The options of [`Sampling`][], for functions that pass them on."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float
+    min_p: float
+    repetition_penalty: float
 
 
 class Sampling(eqx.Module):

@@ -4,18 +4,18 @@ import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import overload
+from typing import Any, Unpack, overload
 
 import jax.random as jr
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from . import beams, generation, reading
-from .cache import Cache
+from . import beams, generation, scoring
+from .decoding import BLOCK
 from .files.checkpoint import load_model, read_config
 from .generation import Continuation
-from .reading import Scored
-from .sampling import Sampling
+from .sampling import Sampling, SamplingOptions
+from .scoring import Scored
 from .tokenizer import Detokenizer, Tokenizer, check_vocabulary, load_tokenizer
 from .transformer import Transformer
 
@@ -24,7 +24,7 @@ TINY_MISTRAL = Path(__file__).parent / "tiny_mistral"
 
 
 @dataclasses.dataclass
-class Completion(Continuation):
+class Completion:
     """How a prompt was continued. `str()` of it is the prompt and the text behind it.
 
     **Attributes:**
@@ -43,10 +43,19 @@ class Completion(Continuation):
 
     prompt: str = ""
     text: str = ""
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    alternatives: list[dict[int, float]] = dataclasses.field(default_factory=list)
+    reason: str | None = None
     score: float | None = None
 
     def __str__(self) -> str:
         return self.prompt + self.text
+
+    @property
+    def perplexity(self) -> float:
+        """How many equally probable tokens would have been as hard to guess."""
+        return scoring.perplexity(self.logprobs)
 
 
 def load(
@@ -97,14 +106,10 @@ def generate(
     *,
     max_tokens: int | Sequence[int] = 64,
     stop: str | Sequence[str] = (),
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
     alternatives: int = 0,
     chunk: int | None = None,
     seed: int = 0,
+    **sampling: Unpack[SamplingOptions],
 ) -> Completion | list[Completion]:
     """Continues a text, or a batch of texts of any lengths.
 
@@ -114,13 +119,12 @@ def generate(
     - `prompts`: one text or several. An empty one asks for a text from its beginning.
     - `max_tokens`: the most tokens to write behind each: one number, or one for each.
     - `stop`: strings that end a text where the first of them would stand.
-    - `temperature`: 0 always writes the most probable token; 1 draws from the model's own
-        distribution; between them, text is safer and more repetitive.
-    - `top_k`, `top_p`, `min_p`, `repetition_penalty`: see [`Sampling`][].
-    - `alternatives`: of how many of the most probable tokens to tell at each place.
+    - `alternatives`: how many of the most probable tokens to tell at each place.
     - `chunk`: the most tokens of a prompt that go through the model at once.
     - `seed`: of the draws. The same seed gives a prompt the same text, alone or in any
         batch; copies of a prompt within a batch get different ones.
+    - `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`: see
+        [`Sampling`][mistral_eqx.Sampling]. By default the most probable token is taken.
 
     **Returns:**
 
@@ -137,17 +141,11 @@ def generate(
         tokenizer,
         writers,
         max_tokens=max_tokens,
-        sampling=Sampling(
-            temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-        ),
+        sampling=Sampling(**sampling),
         alternatives=alternatives,
         chunk=chunk,
         # Tokens behind a stop string are made for nothing.
-        block=8 if stop else generation.BLOCK,
+        block=8 if stop else BLOCK,
         seed=seed,
     )
     for _ in pieces:
@@ -163,34 +161,17 @@ def stream(
     *,
     max_tokens: int = 64,
     stop: str | Sequence[str] = (),
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
     chunk: int | None = None,
     seed: int = 0,
+    **sampling: Unpack[SamplingOptions],
 ) -> Iterator[str]:
     """Continues a text and yields what is written as soon as it is certain: whole
     characters, and nothing that a stop string may begin with. The pieces together are the
     `text` that [`generate`][mistral_eqx.generate] returns, which see for the arguments."""
     writer = Writer(tokenizer, prompt, stop=stop)
-    sampling = Sampling(
-        temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-    )
-    pieces = write(
-        model,
-        tokenizer,
-        [writer],
-        max_tokens=max_tokens,
-        sampling=sampling,
-        chunk=chunk,
-        seed=seed,
-    )
+    options = {"max_tokens": max_tokens, "chunk": chunk, "seed": seed}
+    options["sampling"] = Sampling(**sampling)
+    pieces = write(model, tokenizer, [writer], **options)
     return (piece for (piece,) in pieces if piece)
 
 
@@ -212,15 +193,13 @@ def beam_search(
     prompts: str | Sequence[str],
     *,
     n_beams: int,
-    n_best: int = 1,
     max_tokens: int = 64,
-    length_penalty: float = 1.0,
-    early_stopping: bool | str = False,
-    chunk: int | None = None,
+    **options: Any,
 ) -> list[Completion] | list[list[Completion]]:
     """Searches for the most probable continuations of a text, or of several.
 
-    **Arguments:** those of [`generate`][mistral_eqx.generate], and of
+    **Arguments:** `model`, `tokenizer` and `prompts` are those of
+    [`generate`][mistral_eqx.generate], the options those of
     [`mistral_eqx.beams.beam_search`][].
 
     **Returns:**
@@ -238,12 +217,9 @@ def beam_search(
         model,
         encoded,
         n_beams=n_beams,
-        n_best=n_best,
         max_tokens=max_tokens,
-        length_penalty=length_penalty,
-        early_stopping=early_stopping,
         eos_ids=[tokenizer.eos_id],
-        chunk=chunk,
+        **options,
     )
     completions = []
     for text, row in zip(texts, found):
@@ -282,7 +258,7 @@ def score(
     if not text:
         raise ValueError("The text is empty: there is nothing to score.")
     ids = tokenizer.encode(text)
-    return reading.score(model, ids, alternatives=alternatives, chunk=chunk)
+    return scoring.score(model, ids, alternatives=alternatives, chunk=chunk)
 
 
 class Writer:
@@ -316,7 +292,7 @@ class Writer:
         # What may be the beginning of a stop string.
         self._held = ""
 
-    def add(self, made: Continuation) -> str:
+    def add(self, made: Continuation | beams.Beam) -> str:
         """The text that new tokens make certain. Nothing is added behind the end."""
         completion, pieces = self.completion, []
         for i, token in enumerate(made.tokens):
@@ -358,28 +334,18 @@ def write(
     tokenizer: Tokenizer,
     writers: Sequence[Writer],
     *,
-    max_tokens: int | Sequence[int],
-    prefix: Cache | None = None,
-    sampling: Sampling,
-    alternatives: int = 0,
-    chunk: int | None = None,
-    block: int = 8,
     seed: int,
+    **options: Any,
 ) -> Iterator[list[str]]:
-    """Lets a model write for every writer, and yields the new text of each. Arguments are
+    """Lets a model write for every writer, and yields the new text of each. The options are
     those of [`mistral_eqx.generation.stream`][]."""
     blocks = generation.stream(
         model,
         [writer.ids for writer in writers],
-        max_tokens=max_tokens,
-        prefix=prefix,
-        sampling=sampling,
         eos_ids=[tokenizer.eos_id],
         stopped=lambda: [writer.completion.reason == "stop" for writer in writers],
-        alternatives=alternatives,
-        chunk=chunk,
-        block=block,
         key=jr.key(seed),
+        **options,
     )
     for made in blocks:
         yield [writer.add(piece) for writer, piece in zip(writers, made)]

@@ -11,7 +11,7 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from models import random_model
 
 import mistral_eqx as mx
-from mistral_eqx import reading
+from mistral_eqx import decoding, prompts
 from mistral_eqx.text import TINY_MISTRAL
 from mistral_eqx.tokenizer import Tokenizer
 
@@ -107,13 +107,13 @@ def test_history_is_computed_once_and_right(version, window, monkeypatch):
     tokenizer = Tokenizer(DATA / FILES[version])
     model = random_model(vocab_size=tokenizer.vocab_size, sliding_window=window)
     read = []
-    prefill = reading._prefill_chunk
+    prefill = decoding._prefill_chunk
 
     def counted(model, cache, tokens):
         read.append(tokens.shape[1])
         return prefill(model, cache, tokens)
 
-    monkeypatch.setattr(reading, "_prefill_chunk", counted)
+    monkeypatch.setattr(decoding, "_prefill_chunk", counted)
     options = {"max_tokens": 6, "temperature": 1.0, "seed": 5}
     talk = mx.Chat(model, tokenizer, system="Answer in verse.", **options)
     history = "word " * 100
@@ -125,7 +125,7 @@ def test_history_is_computed_once_and_right(version, window, monkeypatch):
         assert talk.messages == [*before, {"role": "assistant", "content": answer}]
         mine = len(mx.encode_chat(tokenizer, before))
         # `read` has the whole of the stateless call too.
-        told = sum(read) - reading._padded_length(mine, reading.default_chunk(window))
+        told = sum(read) - prompts.padded_length(mine, prompts.default_chunk(window))
     assert told < 40 < mine
     talk.reset()
     assert talk.messages == [{"role": "system", "content": "Answer in verse."}]

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from models import random_model, random_tokens
 
-from mistral_eqx import Sampling, generation
-from mistral_eqx.generation import DecodeState, decode, generate
-from mistral_eqx.reading import prefill, score
+from mistral_eqx import Sampling, decoding, generation
+from mistral_eqx.decoding import DecodeState, decode, prefill
+from mistral_eqx.generation import generate
+from mistral_eqx.scoring import score
 
 
 PROMPTS = [random_tokens(3), random_tokens(20, seed=1), random_tokens(9, seed=2)]
@@ -133,8 +134,8 @@ def test_a_cache_of_other_rows():
 
 def test_options_and_caches_do_not_retrace(monkeypatch):
     model = random_model(n_layers=1)
-    traced = eqx.debug.assert_max_traces(generation.decode_step, max_traces=1)
-    monkeypatch.setattr(generation, "decode_step", traced)
+    traced = eqx.debug.assert_max_traces(decoding.decode_step, max_traces=1)
+    monkeypatch.setattr(decoding, "decode_step", traced)
     cache, _ = prefill(model, [[1, 2]], max_tokens=100)
     for sampling, prefix in (
         (None, None),

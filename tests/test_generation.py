@@ -8,9 +8,17 @@ import pytest
 from models import PARAMS, random_model, random_tokens
 
 import mistral_eqx as mx
-from mistral_eqx import Sampling, Transformer, decode, generation, prefill, reading
-from mistral_eqx.generation import BLOCK, DecodeState
-from mistral_eqx.reading import default_chunk
+from mistral_eqx import (
+    Sampling,
+    Transformer,
+    decode,
+    decoding,
+    generation,
+    prefill,
+    scoring,
+)
+from mistral_eqx.decoding import BLOCK, DecodeState
+from mistral_eqx.prompts import default_chunk
 
 
 KEY = jax.random.key(0)
@@ -39,7 +47,7 @@ def stream(model, prompts, *, max_tokens=24, **options):
 
 
 def score(model, tokens, **options):
-    return np.array(reading.score(model, tokens, **options).logprobs, np.float32)
+    return np.array(scoring.score(model, tokens, **options).logprobs, np.float32)
 
 
 def begin(model, prompts, *, max_tokens, eos_ids=(-1,)):
@@ -132,7 +140,7 @@ def test_decoding_stops_when_every_row_has_ended():
     state = begin(model, PROMPTS, max_tokens=BLOCK, eos_ids=ends)
     before = int(state.cache.length)
     state, choice = decode(model, state, jnp.int32(BLOCK))
-    tokens = choice.tokens
+    tokens = np.where(choice.made, choice.tokens, -1)
     # The step that makes the last end is the last.
     assert int(state.cache.length) - before == longest + 1
     assert state.ended.all() and tokens.shape == (4, BLOCK)
@@ -142,7 +150,7 @@ def test_decoding_stops_when_every_row_has_ended():
     # And nothing more happens.
     state, choice = decode(model, state, jnp.int32(BLOCK))
     assert int(state.cache.length) - before == longest + 1
-    assert (np.asarray(choice.tokens) == -1).all()
+    assert not choice.made.any() and (choice.reason == 1).all()
 
 
 def test_max_tokens():
@@ -222,7 +230,7 @@ def test_a_long_prompt_needs_no_more(traced, monkeypatch):
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
         return rows, size, {shape: programs[shape] for shape in programs}
 
-    prefill_chunk = reading._prefill_chunk
+    prefill_chunk = decoding._prefill_chunk
 
     def spy(model, cache, tokens):
         shape = (tokens.shape, cache.slots)
@@ -231,7 +239,7 @@ def test_a_long_prompt_needs_no_more(traced, monkeypatch):
             programs[shape] = compiled.memory_analysis().temp_size_in_bytes
         return prefill_chunk(model, cache, tokens)
 
-    monkeypatch.setattr(reading, "_prefill_chunk", spy)
+    monkeypatch.setattr(decoding, "_prefill_chunk", spy)
     _, size, short_programs = run(long[:100])
     n_traced = len(traced)
     (row,), long_size, long_programs = run(long)
@@ -320,7 +328,7 @@ def test_a_loop_of_ones_own():
     step, made = jax.jit(mx.decode_step, donate_argnums=1), []
     while not state.ended.all():
         state, choice = step(model, state)
-        made.append(np.asarray(choice.tokens))
+        made.append(np.where(choice.made, choice.tokens, -1))
     rows = [[int(token) for token in row if token >= 0] for row in np.array(made).T]
     assert rows == generate(model, PROMPTS, max_tokens=[20, 3, 20, 0])
 

@@ -17,7 +17,7 @@ import transformers
 from models import cast, random_model, random_tokens
 
 import one_file_ref
-from mistral_eqx import generation, load, reading
+from mistral_eqx import generation, load
 from mistral_eqx.__main__ import CORPUS, read_text, split_held_out
 from mistral_eqx.config import MoEConfig
 from mistral_eqx.files.checkpoint import weight_name
@@ -223,7 +223,7 @@ def test_package_ragged_batch_in_chunks(name, chunk):
     expected = case(name)
     # Every beginning of the text is a row, so every position is the last of some row.
     everything = [expected.tokens[: i + 1] for i in range(len(expected.tokens))]
-    _, logits = reading.prefill(expected.model, everything, max_tokens=STEPS, chunk=chunk)
+    _, logits = decoding.prefill(expected.model, everything, max_tokens=STEPS, chunk=chunk)
     np.testing.assert_allclose(logits, expected.logits, **TOLERANCE)
     continued = generation.generate(
         expected.model, everything, max_tokens=STEPS, chunk=chunk, key=jax.random.key(0)
@@ -313,7 +313,7 @@ def test_bfloat16(name):
     exact = logits_of(torch_model, tokens)
     theirs = np.abs(logits_of(torch_model.bfloat16(), tokens) - exact).mean()
     at_once, _ = eqx.filter_jit(model)(jnp.asarray(tokens))
-    _, in_chunks = reading.prefill(
+    _, in_chunks = decoding.prefill(
         model, [tokens[: i + 1] for i in range(len(tokens))], chunk=8
     )
     prefill = case(name).window or len(tokens)

@@ -14,7 +14,7 @@ import transformers
 from hypothesis import given, settings, strategies as st
 from models import PARAMS, random_model, random_tokens
 
-from mistral_eqx import ModelConfig, Transformer, load_model, prefill, reading, save
+from mistral_eqx import ModelConfig, Transformer, decoding, load_model, prefill, save
 from mistral_eqx.cache import Cache
 from mistral_eqx.config import Llama4Scaling, Yarn
 from mistral_eqx.rope import query_scale
@@ -114,7 +114,7 @@ def test_logits_of_a_ragged_batch_in_chunks(name, chunk, expected):
     got = [logits]
     for step in range(steps):
         following = jnp.array([[tokens[length + step]] for length in lengths], jnp.int32)
-        cache, logits = reading._prefill_chunk(model, cache, following)
+        cache, logits = decoding._prefill_chunk(model, cache, following)
         got.append(logits)
     for step, logits in enumerate(got):
         rows = [length - 1 + step for length in lengths]

@@ -14,7 +14,7 @@ import optax
 def program(folder):
     """What a model on a mesh over all devices makes."""
     import mistral_eqx as mx
-    from mistral_eqx import beams, generation, reading
+    from mistral_eqx import beams, generation, scoring
     from mistral_eqx.devices import sharding
     from mistral_eqx.files import weights
     from mistral_eqx.learning.training import start, train_step
@@ -61,7 +61,7 @@ def program(folder):
         "drawn": drawn,
         "behind": [row.tokens for row in behind],
         "beams": [beam.tokens for row in best for beam in row],
-        "score": round(sum(reading.score(state.model, [1, 2, 3, 4]).logprobs), 4),
+        "score": round(sum(scoring.score(state.model, [1, 2, 3, 4]).logprobs), 4),
         "losses": losses,
         "read": count[0],
     }

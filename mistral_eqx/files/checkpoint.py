@@ -29,7 +29,7 @@ from tqdm import tqdm
 from ..config import ModelConfig
 from ..devices.sharding import shardings as shardings_on
 from ..devices.stages import in_stages
-from ..kernels import cpu
+from ..kernels import dtypes
 from ..transformer import Transformer
 from .huggingface import (
     config_from_json,
@@ -418,4 +418,4 @@ def _read_index(path: Path) -> tuple[tuple[Path, ...], Mapping[str, str]]:
 
 def _default_dtype(checkpoint: Checkpoint) -> DTypeLike:
     n_weights = sum(tensor.size for tensor in checkpoint.tensors.values())
-    return cpu.weights_dtype(n_weights, checkpoint.dtype, cpu.machine_memory())
+    return dtypes.weights_dtype(n_weights, checkpoint.dtype, dtypes.machine_memory())

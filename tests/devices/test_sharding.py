@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from models import random_model, random_tokens
 
 import mistral_eqx as mx
-from mistral_eqx import beams, generation, reading
+from mistral_eqx import beams, generation, scoring
 from mistral_eqx.__main__ import main
 from mistral_eqx.devices import sharding, stages
 from mistral_eqx.devices.mesh import make_mesh, parse_mesh
@@ -126,7 +126,7 @@ def test_other_ways_in():
         assert [beam.tokens for beam in row] == [beam.tokens for beam in other]
         close([beam.score for beam in row], [beam.score for beam in other])
     text = random_tokens(50)
-    close(reading.score(model, text).logprobs, reading.score(plain, text).logprobs)
+    close(scoring.score(model, text).logprobs, scoring.score(plain, text).logprobs)
     # Drawn with a key, behind a prefix that all rows share.
     prefix, _ = mx.prefill(model, [text], max_tokens=30, chunk=4)
     drawn = {
@@ -243,7 +243,7 @@ def test_collectives_of_decode(mesh):
     cache, logits = mx.prefill(model, [random_tokens(3)] * 8, max_tokens=4, chunk=4)
     state = mx.DecodeState.start(model, cache, logits, max_tokens=5, key=jax.random.key(0))
     places = [leaf.sharding for leaf in jax.tree.leaves(state)]
-    compiled = generation.decode.lower(model, state, jnp.int32(4)).compile()
+    compiled = mx.decode.lower(model, state, jnp.int32(4)).compile()
     expected = {}
     if sizes.get("model", 1) > 1:
         expected = {
@@ -267,7 +267,7 @@ def test_collectives_of_decode(mesh):
         expected[("all-reduce", "reduce_and")] = 1
     assert collectives(compiled) == expected
     # The next block is the same program.
-    state, _ = generation.decode(model, state, jnp.int32(4))
+    state, _ = mx.decode(model, state, jnp.int32(4))
     for leaf, place in zip(jax.tree.leaves(state), places):
         assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
 
@@ -395,8 +395,8 @@ def test_microbatches_and_windows():
     close(jax.vmap(model.logits)(found), expected)
     close(jax.jit(jax.vmap(model))(tokens)[0], expected)
     close(
-        reading.score(model, random_tokens(20)).logprobs,
-        reading.score(windows, random_tokens(20)).logprobs,
+        scoring.score(model, random_tokens(20)).logprobs,
+        scoring.score(windows, random_tokens(20)).logprobs,
     )
     with pytest.raises(ValueError, match="microbatches must be 1 or more, got 0"):
         mx.shard(windows, mesh_of("pipe=2"), microbatches=0)

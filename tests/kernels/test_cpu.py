@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 from models import cast, random_model
 
-from mistral_eqx import generation
 from mistral_eqx.attention import attend, attend_ring
+from mistral_eqx.decoding import DecodeState, decode, prefill
 from mistral_eqx.kernels import cpu
 from mistral_eqx.kernels.replaced import plain
 from mistral_eqx.layers import product
-from mistral_eqx.reading import prefill
 
 
 def normal(seed, shape, dtype=jnp.float32):
@@ -125,8 +124,8 @@ def test_decoding_copies_neither_weights_nor_cache(dtype, batch):
         random_model(dim=128, vocab_size=32768, sliding_window=None, head_dim=64), dtype
     )
     cache, logits = prefill(model, [[1, 2, 3]] * batch, max_tokens=2048)
-    state = generation.DecodeState.start(model, cache, logits, max_tokens=10, key=jr.key(0))
-    compiled = generation.decode.lower(model, state, jnp.int32(9)).compile()
+    state = DecodeState.start(model, cache, logits, max_tokens=10, key=jr.key(0))
+    compiled = decode.lower(model, state, jnp.int32(9)).compile()
     ring = cache.layers[0].keys
     assert ring.dtype == jnp.float32
     # The first slots of a layer's keys and values, and what sampling needs. The table in

@@ -19,7 +19,7 @@ from test_parity import (
 )
 
 import mistral_eqx as mx
-from mistral_eqx import Transformer, reading
+from mistral_eqx import Transformer, scoring
 from mistral_eqx.devices import mesh as devices_mesh
 from mistral_eqx.learning import training
 from mistral_eqx.learning.training import (
@@ -74,7 +74,7 @@ def test_loss_of_a_new_model():
 
 def test_loss_is_the_score():
     model = random_model()
-    scores = np.array([reading.score(model, row.tolist()).logprobs for row in BATCH])
+    scores = np.array([scoring.score(model, row.tolist()).logprobs for row in BATCH])
     assert abs(eqx.filter_jit(loss)(model, BATCH) + scores.mean()) < 1e-5
 
 
