@@ -39,12 +39,17 @@ FLOORS = {
     "tokenizer": 8,
     "beams": 8,
     "files.inspection": 9,
-    "bench": 9,
     "text": 10,
     "chat": 11,
-    "__main__": 12,
+    "apps.terminal": 0,
+    "apps.measure": 9,
+    "apps.options": 12,
+    "apps.main": 14,
+    "__main__": 15,
 }
-WINGS = ("kernels", "devices", "files", "learning")
+COMMANDS = "demo interactive generate chat score evaluate convert inspect plan bench train"
+FLOORS |= {f"apps.{name}": 13 for name in [*COMMANDS.split(), "train_tokenizer"]}
+WINGS = ("kernels", "devices", "files", "learning", "apps")
 FILES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
     for path in PACKAGE.rglob("*.py")

@@ -18,7 +18,8 @@ from models import cast, random_model, random_tokens
 
 import one_file_ref
 from mistral_eqx import generation, load
-from mistral_eqx.__main__ import CORPUS, read_text, split_held_out
+from mistral_eqx.apps.options import CORPUS
+from mistral_eqx.apps.terminal import read_text, split_held_out
 from mistral_eqx.config import MoEConfig
 from mistral_eqx.files.checkpoint import weight_name
 from mistral_eqx.text import TINY_MISTRAL

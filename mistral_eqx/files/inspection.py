@@ -18,6 +18,7 @@ from ..config import ModelConfig
 from ..devices.mesh import row_groups
 from ..devices.sharding import cache_shardings, shardings
 from ..devices.stages import in_stages
+from ..prompts import default_chunk, next_power_of_two
 from ..tokenizer import check_vocabulary, load_tokenizer
 from ..transformer import Transformer
 from .checkpoint import open_checkpoint, read_config

@@ -29,8 +29,8 @@ faster than their own `generate`.
 
 Standard output is a table in Markdown: medians of the rounds, the quartiles, and the median
 of each round's ratio. The last column is what the package makes of the machine: in decode
-the bytes that a token needs (`mistral_eqx.bench.decode_bytes`), times tokens a second, over
-what the probe read in the same round; in prefill the operations that it needs
+the bytes that a token needs (`decode_bytes` of `mistral_eqx.apps.measure`), times tokens a
+second, over what the probe read in the same round; in prefill the operations that it needs
 (`prefill_flops`) a second. The embedded model stays in the processor's own caches.
 
 On a GPU, torch and JAX share the card; llama.cpp runs where it was built for:
@@ -493,7 +493,7 @@ def write_model(shape: str, dtype: str, folder: str) -> None:
     import jax
 
     import mistral_eqx as mx
-    from mistral_eqx.bench import SHAPES
+    from mistral_eqx.apps.measure import SHAPES
     from mistral_eqx.text import TINY_MISTRAL
 
     if shape == "tiny":
@@ -759,7 +759,7 @@ def spread(values: list[float]) -> str:
 
 def needs(config, dtype: str, what: dict, steps: int) -> dict[str, float]:
     """The bytes for each token of decode, and the operations for each of prefill."""
-    from mistral_eqx.bench import decode_bytes, prefill_flops
+    from mistral_eqx.apps.measure import decode_bytes, prefill_flops
 
     found = {}
     for label, (_, method, n) in what.items():
@@ -858,7 +858,7 @@ def one(shape: str, dtype: str, what: dict, engines: list[str], options) -> dict
     """Everything of one model in one precision."""
     import numpy as np
 
-    from mistral_eqx.bench import SHAPES
+    from mistral_eqx.apps.measure import SHAPES
     from mistral_eqx.files.checkpoint import read_config
     from mistral_eqx.text import TINY_MISTRAL
 

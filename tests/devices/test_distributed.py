@@ -166,7 +166,7 @@ def test_one_process_writes_what_all_have_trained(tmp_path, start):
     ],
 )
 def test_mistakes(arguments, words, capsys):
-    from mistral_eqx.__main__ import main
+    from mistral_eqx.apps.main import main
 
     assert main(["demo", *arguments]) == 2
     out, err = capsys.readouterr()

@@ -16,7 +16,7 @@ from models import random_model, random_tokens
 
 import mistral_eqx as mx
 from mistral_eqx import beams, generation, scoring
-from mistral_eqx.__main__ import main
+from mistral_eqx.apps.main import main
 from mistral_eqx.devices import sharding, stages
 from mistral_eqx.devices.mesh import make_mesh, parse_mesh
 from mistral_eqx.files.inspection import plan
@@ -494,7 +494,7 @@ def test_every_command_takes_a_mesh(saved, tmp_path, capsys, monkeypatch):
         ["generate", "To be", "--model", saved, *length, "--beams", 2],
         ["interactive", saved, *length],
         ["score", text, "--model", saved],
-        ["evaluate", text, saved],
+        ["evaluate", text, "--model", saved],
     ):
         found = []
         for mesh in ([], ["--mesh", "data=2,model=2"]):
@@ -520,7 +520,7 @@ def test_every_command_takes_a_mesh(saved, tmp_path, capsys, monkeypatch):
 
 def test_plan(tmp_path, capsys):
     (tmp_path / "params.json").write_text(json.dumps(MISTRAL_7B.to_params()))
-    of_six = ["plan", tmp_path, "--batch", 6, "--context", 32768, "--mesh"]
+    of_six = ["plan", "--model", tmp_path, "--batch", 6, "--context", 32768, "--mesh"]
     status, out, _ = shell(capsys, *of_six, "data=4,model=16")
     told = dict(line.split(maxsplit=1) for line in out.splitlines())
     assert status == 0 and "7,248,023,552 parameters" in told["model"]
@@ -533,7 +533,7 @@ def test_plan(tmp_path, capsys):
     # 6 rows are filled up to 8 of 4.3 GB, in 4 x 8 parts.
     assert told["cache"] == "1.1 GB a device, of 34.4 GB for 8 x 32768 tokens"
     assert told["fits"].startswith("16 GB: yes, 24 GB: yes, 40 GB: yes, 80 GB: yes")
-    _, out, _ = shell(capsys, "plan", tmp_path, "--dtype", "float32")
+    _, out, _ = shell(capsys, "plan", "--model", tmp_path, "--dtype", "float32")
     assert "16 GB: no, 24 GB: no, 40 GB: yes, 80 GB: yes" in out
     _, staged, _ = shell(capsys, *of_six, "pipe=4")
     assert "weights     3.6 GB a device" in staged and "cache       6.4 GB" in staged
@@ -542,7 +542,7 @@ def test_plan(tmp_path, capsys):
         (["--context", 0], "context must be 1 or more, got 0"),
         (["--mesh", "model=5"], "n_heads (32) cannot be divided by the mesh's model=5"),
     ]:
-        status, out, err = shell(capsys, "plan", tmp_path, *arguments)
+        status, out, err = shell(capsys, "plan", "--model", tmp_path, *arguments)
         assert (status, out, err.count("\n")) == (2, "", 1) and words in err
 
 

@@ -24,7 +24,7 @@ from models import PARAMS, random_tokens
 
 import mistral_eqx
 from mistral_eqx import ModelConfig, convert, load_model, save
-from mistral_eqx.__main__ import main
+from mistral_eqx.apps.main import main
 from mistral_eqx.config import Llama4Scaling, MoEConfig, Yarn
 from mistral_eqx.files import checkpoint, weights
 from mistral_eqx.files.checkpoint import open_checkpoint, read_config, weight_shapes
@@ -983,7 +983,7 @@ def test_convert_and_inspect_as_commands(tmp_path):
     done = run([*command, "convert", raw, tmp_path / "hf", "--max-shard-size", "20KB"])
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert_same_bits(tmp_path / "hf", "v0.1")
-    done = run([*command, "inspect", tmp_path / "hf"])
+    done = run([*command, "inspect", "--model", tmp_path / "hf"])
     assert done.returncode == 0 and done.stderr == ""
     parameters = sum(array.size for array in weights_of("v0.1").values())
     for told in ("8 tokens", f"{parameters:,}", "huggingface: model-00001-of-0", "none"):

@@ -20,14 +20,14 @@ import numpy as np
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
-from .cache import Cache
-from .config import ModelConfig
-from .decoding import BLOCK, DecodeState, decode, make_cache, prefill
-from .devices.sharding import replicate, shard_rows
-from .files.checkpoint import weight_shapes
-from .kernels import dtypes
-from .prompts import default_chunk, next_power_of_two
-from .transformer import Transformer
+from ..cache import Cache
+from ..config import ModelConfig
+from ..decoding import BLOCK, DecodeState, decode, make_cache, prefill
+from ..devices.sharding import replicate, shard_rows
+from ..files.checkpoint import weight_shapes
+from ..kernels import dtypes
+from ..prompts import default_chunk, next_power_of_two
+from ..transformer import Transformer
 
 
 # Shapes to measure without weights on disk. "135m" is SmolLM2-135M's, "7b" Mistral's v0.1.

@@ -1,18 +1,25 @@
+"""The command line as a user meets it: in a terminal, in a pipe, and with mistakes."""
+
 import json
 import lzma
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pexpect
 import pytest
 from models import PARAMS
 
 import mistral_eqx as mx
-from mistral_eqx.__main__ import main, read_text, split_held_out
+from mistral_eqx.apps.main import main
+from mistral_eqx.apps.terminal import read_text, split_held_out
 from mistral_eqx.files import export
+from mistral_eqx.files.checkpoint import read_config
 from mistral_eqx.learning import training
 from mistral_eqx.text import TINY_MISTRAL
 
@@ -76,7 +83,7 @@ def report(capsys):
 
 
 def test_evaluate(folder, text, tmp_path, capsys):
-    assert run("evaluate", text, folder) == 0
+    assert run("evaluate", text, "--model", folder) == 0
     told = report(capsys)
     model, tokenizer = mx.load(folder)
     scores = mx.score(model, tokenizer, TEXT).logprobs
@@ -89,9 +96,9 @@ def test_evaluate(folder, text, tmp_path, capsys):
     }
     compressed = tmp_path / "text.txt.xz"
     compressed.write_bytes(lzma.compress(TEXT.encode()))
-    assert run("evaluate", compressed, folder) == 0
+    assert run("evaluate", compressed, "--model", folder) == 0
     assert report(capsys) == told
-    assert run("evaluate", "--held-out", text, folder) == 0
+    assert run("evaluate", "--held-out", text, "--model", folder) == 0
     assert report(capsys)["bytes"] == len(TEXT) / 10
 
 
@@ -113,7 +120,7 @@ def test_read_text_changes_nothing(tmp_path, text):
 
 def test_train(params, text, tmp_path, capsys):
     out = tmp_path / "deep" / "trained"
-    options = ["--params", params, "--corpus", text, "--batch_size", 2, "--seq_len", 16]
+    options = ["--params", params, "--corpus", text, "--batch-size", 2, "--seq-len", 16]
     with jax.numpy_dtype_promotion("standard"):
         assert run("train", out, *options, "--steps", 4) == 0
     assert os.listdir(out.parent) == ["trained"]
@@ -130,7 +137,7 @@ def test_train(params, text, tmp_path, capsys):
     assert (out / "tokenizer.model").read_bytes() == expected
     capsys.readouterr()
     # What it makes is a model like any other.
-    assert run("evaluate", text, out) == 0
+    assert run("evaluate", text, "--model", out) == 0
     capsys.readouterr()
     # And is not overwritten.
     before = (out / "consolidated.safetensors").read_bytes()
@@ -143,11 +150,11 @@ def test_train_a_mixtral(params, text, tmp_path, capsys):
     path = params / "params.json"
     values = json.loads(path.read_text()) | {"moe": moe, "sliding_window": None}
     path.write_text(json.dumps(values))
-    options = ["--params", params, "--corpus", text, "--batch_size", 2, "--seq_len", 16]
+    options = ["--params", params, "--corpus", text, "--batch-size", 2, "--seq-len", 16]
     with jax.numpy_dtype_promotion("standard"):
         assert run("train", tmp_path / "trained", *options, "--steps", 4) == 0
     capsys.readouterr()
-    assert run("inspect", tmp_path / "trained") == 0
+    assert run("inspect", "--model", tmp_path / "trained") == 0
     assert "4 experts" in capsys.readouterr().out
     for command in (["score", text], ["generate", "--max_tokens", 5, "To be"]):
         assert run(*command, "--model", tmp_path / "trained") == 0
@@ -155,7 +162,7 @@ def test_train_a_mixtral(params, text, tmp_path, capsys):
 
 def test_train_goes_on(params, text, tmp_path, monkeypatch, capsys):
     # Killed behind its last checkpoint, while it writes the model.
-    options = ["--params", params, "--corpus", text, "--batch_size", 2, "--seq_len", 16]
+    options = ["--params", params, "--corpus", text, "--batch-size", 2, "--seq-len", 16]
     options += ["--steps", 3]
     work = tmp_path / "trained.training"
 
@@ -180,7 +187,7 @@ def test_train_goes_on(params, text, tmp_path, monkeypatch, capsys):
 
 def test_train_tokenizer(text, tmp_path, capsys):
     out = tmp_path / "tokenizer.model"
-    options = ["--corpus", text, text, "--vocab_size", 300]
+    options = ["--corpus", text, text, "--vocab-size", 300]
     assert run("train-tokenizer", out, *options) == 0
     assert capsys.readouterr() == ("", "")
     assert mx.Tokenizer(out).vocab_size == 300
@@ -193,7 +200,7 @@ def test_train_tokenizer(text, tmp_path, capsys):
 def test_train_with_a_given_tokenizer(params, text, tmp_path, capsys):
     tokenizer = tmp_path / "given.model"
     mx.train_tokenizer(TEXT.upper(), tokenizer, vocab_size=300)
-    options = ["--params", params, "--corpus", text, "--batch_size", 1, "--seq_len", 8]
+    options = ["--params", params, "--corpus", text, "--batch-size", 1, "--seq-len", 8]
     options += ["--steps", 0, "--tokenizer", tokenizer]
     assert run("train", tmp_path / "trained", *options) == 0
     trained = tmp_path / "trained" / "tokenizer.model"
@@ -218,15 +225,19 @@ def test_errors(folder, text, params, tmp_path, capsys):
     assert "invalid int value: 'x'" in fails(capsys, "demo", folder, "--max_tokens", "x")
     assert "COMMAND" in fails(capsys)
     assert "invalid choice: 'sing'" in fails(capsys, "sing")
-    assert str(none) in fails(capsys, "evaluate", none, folder)
-    assert str(tmp_path) in fails(capsys, "evaluate", tmp_path, folder)
+    assert str(none) in fails(capsys, "evaluate", none, "--model", folder)
+    assert str(tmp_path) in fails(capsys, "evaluate", tmp_path, "--model", folder)
     (tmp_path / "empty").touch()
-    assert "is empty" in fails(capsys, "evaluate", tmp_path / "empty", folder)
+    assert "is empty" in fails(capsys, "evaluate", tmp_path / "empty", "--model", folder)
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    assert "as UTF-8 text" in fails(capsys, "evaluate", tmp_path / "binary", folder)
+    assert "as UTF-8 text" in fails(
+        capsys, "evaluate", tmp_path / "binary", "--model", folder
+    )
     compressed = tmp_path / "cut.xz"
     compressed.write_bytes(lzma.compress(TEXT.encode())[:-20])
-    assert "cut.xz cannot be read" in fails(capsys, "evaluate", compressed, folder)
+    assert "cut.xz cannot be read" in fails(
+        capsys, "evaluate", compressed, "--model", folder
+    )
     (tmp_path / "short").write_text("the cat")
     options = ["--params", params, "--steps", 1]
     trained = tmp_path / "trained"
@@ -241,9 +252,10 @@ def test_errors(folder, text, params, tmp_path, capsys):
     assert "fewer than one sequence of 256" in line
     options += ["--corpus", text]
     for name in ("batch_size", "seq_len"):
-        line = fails(capsys, "train", trained, *options, f"--{name}=0")
+        option = "--" + name.replace("_", "-")
+        line = fails(capsys, "train", trained, *options, f"{option}=0")
         assert f"{name} must be 1 or more, got 0" in line
-    line = fails(capsys, "train-tokenizer", none, "--corpus", text, "--vocab_size", 9999)
+    line = fails(capsys, "train-tokenizer", none, "--corpus", text, "--vocab-size", 9999)
     assert "tokenizer with 9999 ids cannot be learnt" in line
     assert not trained.exists() and not none.exists()
     cut(folder / "consolidated.safetensors", 10_000)
@@ -305,3 +317,216 @@ def test_embedded_model_compresses_what_it_has_not_read(capsys, tmp_path):
         (tmp_path / name).write_text(unseen[:50_000])
         assert run("evaluate", tmp_path / name) == 0
         assert report(capsys)["bits per byte"] < bound
+
+
+COMMAND = [sys.executable, "-m", "mistral_eqx"]
+ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "TERM": "dumb", "COLUMNS": "90"}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A model with the embedded one's tokenizer, too small to be waited for."""
+    config = read_config(TINY_MISTRAL).to_params()
+    config |= {"dim": 16, "n_layers": 1, "hidden_dim": 16, "head_dim": 4, "n_heads": 2}
+    model = mx.Transformer(mx.ModelConfig.from_params(config), key=jax.random.key(0))
+    model = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model)
+    small = tmp_path_factory.mktemp("models") / "small"
+    mx.save(model, small, tokenizer=TINY_MISTRAL / "tokenizer.model")
+    return str(small)
+
+
+def piped(*arguments, stdin=b""):
+    done = subprocess.run(
+        [*COMMAND, *arguments], input=stdin, capture_output=True, env=ENVIRONMENT
+    )
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def terminal(*arguments):
+    return pexpect.spawn(
+        COMMAND[0],
+        [*COMMAND[1:], *arguments],
+        env=ENVIRONMENT,
+        encoding="utf-8",
+        timeout=120,
+        echo=False,
+        # What is started in the background may have been told to ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def test_piped_text_is_plain_and_the_same_as_from_python(small, capsys):
+    options = {"max_tokens": 6, "temperature": 0.7, "seed": 3}
+    expected = mx.generate(*mx.load(small), ["To be"] * 2, **options)
+    arguments = ["--model", small, "--max_tokens", "6", "--seed", "3", "--n", "2"]
+    code, out, err = piped("generate", *arguments, stdin=b"To be\n")
+    rule = "\n=====================\n"
+    assert (code, out, err) == (0, rule.join(map(str, expected)) + "\n", "")
+    assert main(["generate", "To be", *arguments, "--json"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [json.loads(line)["text"] for line in lines] == [c.text for c in expected]
+
+
+def test_beams_and_stop_strings(small, capsys):
+    (best, _) = mx.beam_search(*mx.load(small), "To be", n_beams=3, n_best=2, max_tokens=5)
+    beams = ["generate", "To be", "--model", small, "--beams", "3", "--max_tokens", "5"]
+    assert main(beams) == 0
+    assert capsys.readouterr().out == f"{best}\n"
+    stop = ["generate", "To be", "--model", small, "--stop", "a", "--stop", "e"]
+    assert main([*stop, "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["reason"] == "stop" and not set("ae") & set(made["text"])
+
+
+def test_score(small, tmp_path, capsys):
+    files = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for file, text in zip(files, ("To be or not to be", "Verily")):
+        file.write_text(text)
+    assert main(["score", *map(str, files), "--model", small, "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    scored = mx.score(*mx.load(small), "Verily")
+    assert lines[1]["text"] == str(files[1])
+    assert lines[1]["logprob"] == pytest.approx(sum(scored.logprobs))
+    assert lines[1]["perplexity"] == pytest.approx(scored.perplexity)
+    assert main(["score", str(files[0]), "--model", small]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_demo_at_a_temperature(small, capsys):
+    assert main(["demo", small, "--max_tokens", "3", "--temperature", "0.5"]) == 0
+    assert capsys.readouterr().out.count("=====================") == 3
+
+
+def test_interactive_in_a_terminal(small):
+    child = terminal("interactive", small, "--max_tokens", "100000")
+    child.expect_exact("Prompt: ")
+    child.sendline("To be")
+    child.expect_exact("To be")
+    child.expect(r"\w+")  # text comes before the end, which is far away
+    child.sendintr()
+    child.expect_exact("=====================")
+    child.expect_exact("Prompt: ")
+    child.sendintr()
+    child.expect_exact("Prompt: ")
+    child.sendeof()
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+
+
+def test_chat_in_a_terminal(small):
+    child = terminal(
+        "chat", "--model", small, "--max_tokens", "100000", "--system", "Be brief."
+    )
+    child.expect_exact("> ")
+    child.sendline("Hello")
+    child.expect(r"\w+")
+    child.sendintr()
+    child.expect_exact("\n> ")
+    child.sendline("[INST]")
+    child.expect_exact("mistral_eqx: Message 3 contains [INST]")
+    child.expect_exact("> ")
+    child.sendline("/reset")
+    child.expect_exact("> ")
+    child.sendline("[/INST]")
+    child.expect_exact("mistral_eqx: Message 1 contains")
+    child.expect_exact("> ")
+    child.sendeof()
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+
+
+def test_chat_in_a_pipe(small):
+    code, out, _ = piped(
+        "chat", "--model", small, "--max_tokens", "3", stdin=b"Hello\n\nWhy?\n"
+    )
+    assert code == 0 and len(out.splitlines()) >= 2 and "> " not in out
+
+
+def test_a_closed_pipe_is_no_error(small):
+    command = [*COMMAND, "demo", small, "--max_tokens", "2"]
+    child = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT
+    )
+    child.stdout.close()
+    assert (child.stderr.read(), child.wait()) == (b"", 0)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["generate", "x", "--temperature", "-1"], "temperature"),
+        (["generate", "x", "--temperature", "nan"], "temperature"),
+        (["generate", "x", "--temperature", "hot"], "temperature"),
+        (["generate", "x", "--top-p", "0"], "top_p"),
+        (["generate", "x", "--top-p", "1.5"], "top_p"),
+        (["generate", "x", "--top-k", "0"], "top_k"),
+        (["generate", "x", "--stop", ""], "stop"),
+        (["generate", "x", "--max_tokens", "-1"], "max_tokens"),
+        (["generate", "x", "--n", "0"], "--n"),
+        (["generate", "x", "--beams", "5000"], "n_beams"),
+        (["generate", "x", "--file", "y"], "not both"),
+        (["generate", "--file", "nowhere"], "nowhere"),
+        (["generate", "x", "--model", "nowhere"], "nowhere"),
+        (["generate", "caf\udce9"], "UTF-8"),
+        (["score", "nowhere"], "nowhere"),
+        (["chat", "--top-k", "0"], "top_k"),
+        (["sing"], "sing"),
+        ([], "COMMAND"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(arguments, message, small, capsys):
+    if "--beams" in arguments:
+        arguments = [*arguments, "--model", small]
+    try:
+        code = main(arguments)
+    except SystemExit as exit:
+        code = exit.code
+    out, err = capsys.readouterr()
+    assert code == 2 and out == ""
+    assert message in err and err.count("\n") == 1
+
+
+def test_invalid_utf8_on_standard_input(small):
+    for command in (
+        ["generate", "--model", small],
+        ["chat", "--model", small],
+        ["score", "-"],
+    ):
+        code, out, err = piped(*command, stdin=b"caf\xe9\n")
+        assert code == 2 and out == "" and "not UTF-8" in err
+        assert "Traceback" not in err
+
+
+def test_compiled_programs_are_kept(small, tmp_path):
+    def start(home, *arguments):
+        environment = ENVIRONMENT | {"XDG_CACHE_HOME": str(home)}
+        del environment["JAX_ENABLE_COMPILATION_CACHE"]
+        command = [*COMMAND, *arguments, "generate", "To be", "--model", small]
+        command += ["--max_tokens", "3"]
+        done = subprocess.run(command, capture_output=True, env=environment)
+        kept = {path.name for path in home.rglob("*-cache")}
+        return done.returncode, done.stdout, done.stderr, kept
+
+    code, out, err, kept = start(tmp_path / "cache")
+    assert (code, err) == (0, b"")
+    assert any("decode" in name for name in kept)
+    assert start(tmp_path / "cache") == (0, out, b"", kept)
+    assert start(tmp_path / "none", "--no-compilation-cache") == (0, out, b"", set())
+    (tmp_path / "file").write_text("no small can be made here")
+    assert start(tmp_path / "file" / "home") == (0, out, b"", set())
+
+
+def test_debug_shows_the_traceback():
+    for arguments in (["--debug", "score", "nowhere"], ["score", "nowhere", "--debug"]):
+        with pytest.raises(FileNotFoundError):
+            main(arguments)
+
+
+@pytest.mark.parametrize("command", ["demo", "interactive", "generate", "chat", "score"])
+def test_help_has_an_example(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([command, "--help"])
+    assert exit.value.code == 0
+    assert f"example: python -m mistral_eqx {command}" in capsys.readouterr().out

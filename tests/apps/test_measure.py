@@ -14,13 +14,13 @@ import pytest
 from models import PARAMS, cast, random_model, random_tokens
 
 import mistral_eqx as mx
-from mistral_eqx import bench
-from mistral_eqx.__main__ import main
+from mistral_eqx.apps import measure as bench
+from mistral_eqx.apps.main import main
 from mistral_eqx.attention import visible
 from mistral_eqx.files.checkpoint import weight_shapes
 
 
-PEERS = Path(__file__).parent / "benchmarks" / "peers.py"
+PEERS = Path(__file__).parents[1] / "benchmarks" / "peers.py"
 QUICK = ["--prompt", "16", "--tokens", "4", "--repeats", "2", "--contexts", "9,70"]
 
 
@@ -81,7 +81,7 @@ def test_a_model_on_many_devices(capsys):
 
 
 def test_a_folder_in_another_dtype_and_a_table_on_a_terminal(saved, capsys, monkeypatch):
-    arguments = [str(saved), "--dtype", "bfloat16", "--contexts"]
+    arguments = ["--model", str(saved), "--dtype", "bfloat16", "--contexts"]
     told = report(capsys, *arguments, "none", "--batch", "3", "--json")
     assert told["model"] == str(saved) and told["dtype"] == "bfloat16"
     assert told["contexts"] == [] and told["batch"] == 3
@@ -107,8 +107,8 @@ def test_a_folder_in_another_dtype_and_a_table_on_a_terminal(saved, capsys, monk
         (["--repeats", "0"], "repeats must be 1 or more"),
         (["--contexts", "1k"], "--contexts must be like"),
         (["--contexts", "64,0"], "A context must be 1 token or more, got 0."),
-        (["nowhere"], "There is no folder nowhere."),
-        (["here", "--shape", "1b"], "Give a model or --shape, not both."),
+        (["--model", "nowhere"], "There is no folder nowhere."),
+        (["--model", "here", "--shape", "1b"], "Give a model or --shape, not both."),
         (["--shape", "2b"], "argument --shape: invalid choice"),
         (["--tokens", "many"], "argument --tokens: invalid int value"),
     ],
