@@ -1,7 +1,10 @@
 """Every test runs with shapes and dtypes checked, and nothing promoted in silence."""
 
+import ast
+import importlib.util
 import os
 import shutil
+from pathlib import Path
 
 
 # The command line keeps compiled programs in the user's folder: tests leave that alone.
@@ -19,6 +22,22 @@ install_import_hook(["mistral_eqx", "one_file_ref"], "beartype.beartype")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def needs_torch(path):
+    """Whether a file of tests imports torch or transformers before its first test."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.split(".")[0])
+    return bool(names & {"torch", "transformers"})
+
+
+if importlib.util.find_spec("torch") is None:
+    tests = Path(__file__).parent.rglob("test_*.py")
+    collect_ignore = [str(path) for path in tests if needs_torch(path)]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -17,7 +17,7 @@ import transformers
 from models import cast, random_model, random_tokens
 
 import one_file_ref
-from mistral_eqx import decoding, generation, load, scoring
+from mistral_eqx import decoding, generation, load
 from mistral_eqx.apps.options import CORPUS
 from mistral_eqx.apps.terminal import read_text, split_held_out
 from mistral_eqx.config import MoEConfig
