@@ -22,6 +22,7 @@ from .devices import experts as _mesh_experts  # noqa: F401
 from .devices.sharding import shard as shard
 from .files.checkpoint import load_model as load_model
 from .files.export import convert as convert, save as save
+from .files.released import RELEASED as RELEASED
 
 # What stands in these modules takes the place of plain functions of the model.
 from .kernels import cpu as _cpu, experts as _experts  # noqa: F401

@@ -21,6 +21,7 @@ FLOORS = {
     "cache": 1,
     "devices.mesh": 1,
     "files.huggingface": 1,
+    "files.released": 1,
     "attention": 3,
     "moe": 3,
     "transformer": 4,

@@ -9,8 +9,9 @@ import jax
 
 from ..devices.sharding import shard
 from ..files.checkpoint import load_model
+from ..files.released import RELEASED
 from ..text import TINY_MISTRAL
-from .measure import SHAPES, bench, check_options, random_model, table
+from .measure import bench, check_options, random_model, table
 from .options import add_devices, add_dtype, add_model, adder, folder_of, mesh_of
 
 
@@ -23,7 +24,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add(
         "--shape",
-        choices=list(SHAPES),
+        choices=list(RELEASED),
         help="make random weights of this shape instead of loading a model",
     )
     add_dtype(
@@ -53,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
     jax.devices()  # starts the platform, which is not a part of loading
     start = time.perf_counter()
     if options.shape is not None:
-        model = random_model(SHAPES[options.shape], dtype=options.dtype)
+        model = random_model(RELEASED[options.shape], dtype=options.dtype)
         model = model if mesh is None else shard(model, mesh)
     else:
         model = load_model(folder_of(options), dtype=options.dtype, mesh=mesh)

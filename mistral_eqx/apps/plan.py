@@ -3,7 +3,9 @@
 import argparse
 
 from ..devices.mesh import parse_mesh
+from ..files.checkpoint import read_config
 from ..files.inspection import plan
+from ..files.released import RELEASED
 from .options import add_dtype, add_model, adder, folder_of
 
 
@@ -17,6 +19,11 @@ EXAMPLE = "plan --model mistral-7B-v0.3 --mesh model=8 --batch 8 --context 32768
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = adder(parser)
     add_model(parser)
+    add(
+        "--shape",
+        choices=list(RELEASED),
+        help="plan for a released model of which no file is there",
+    )
     add(
         "--mesh",
         default="model=1",
@@ -35,8 +42,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    if options.model is not None and options.shape is not None:
+        raise ValueError("Give a model or --shape, not both.")
+    if options.shape is not None:
+        config = RELEASED[options.shape]
+    else:
+        config = read_config(folder_of(options))
     told = plan(
-        folder_of(options),
+        config,
         parse_mesh(options.mesh),
         batch=options.batch,
         context=options.context,

@@ -9,5 +9,6 @@ model goes out as a folder that other programs read.
 | `huggingface.py` | Hugging Face's names, its order of rows, and its `config.json` |
 | `checkpoint.py` | a folder: opened, checked, loaded |
 | `export.py` | a folder: written, or converted to the other format |
+| `released.py` | the shapes of released models, by name |
 | `inspection.py` | what a folder holds, and what it needs on a mesh, without its weights |
 """

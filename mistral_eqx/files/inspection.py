@@ -21,49 +21,13 @@ from ..devices.stages import in_stages
 from ..prompts import default_chunk, next_power_of_two
 from ..tokenizer import check_vocabulary, load_tokenizer
 from ..transformer import Transformer
-from .checkpoint import open_checkpoint, read_config
+from .checkpoint import open_checkpoint
+from .released import names_of
 
 
 GB = 10**9
 # The memories of common accelerators, of which a tenth is left alone.
 _SIZES = (16, 24, 40, 80)
-
-
-# dim, n_layers, head_dim, hidden_dim, n_heads, n_kv_heads, vocab_size, then whether there
-# is a window, and the experts.
-_RELEASED = {
-    (4096, 32, 128, 14336, 32, 8, 32000, True, None): "Mistral 7B v0.1",
-    (4096, 32, 128, 14336, 32, 8, 32000, False, None): "Mistral 7B v0.2",
-    (4096, 32, 128, 14336, 32, 8, 32768, False, None): "Mistral 7B v0.3, Mathstral 7B",
-    (6144, 56, 128, 16384, 48, 8, 32768, False, None): "Codestral 22B, Mistral Small 22B",
-    (12288, 88, 128, 28672, 96, 8, 32768, False, None): "Mistral Large 2",
-    (5120, 40, 128, 14336, 32, 8, 131072, False, None): "Mistral Nemo 12B",
-    (5120, 40, 128, 32768, 32, 8, 131072, False, None): "Mistral Small 24B",
-    (4096, 36, 128, 12288, 32, 8, 131072, True, None): "Ministral 8B",
-    (3072, 26, 128, 9216, 32, 8, 131072, False, None): "Ministral 3 3B",
-    (4096, 34, 128, 14336, 32, 8, 131072, False, None): "Ministral 3 8B",
-    (5120, 40, 128, 16384, 32, 8, 131072, False, None): "Ministral 3 14B",
-    (4096, 32, 128, 14336, 32, 8, 32000, False, 8): "Mixtral 8x7B",
-    (6144, 56, 128, 16384, 48, 8, 32000, False, 8): "Mixtral 8x22B v0.1",
-    (6144, 56, 128, 16384, 48, 8, 32768, False, 8): "Mixtral 8x22B v0.3",
-    (256, 6, 32, 704, 8, 2, 2048, True, None): "the tiny Mistral of mistral_eqx",
-}
-
-
-def variant(config: ModelConfig) -> str | None:
-    """The released model that has this shape, or `None`."""
-    shape = (
-        config.dim,
-        config.n_layers,
-        config.head_dim,
-        config.hidden_dim,
-        config.n_heads,
-        config.n_kv_heads,
-        config.vocab_size,
-        config.smallest_window is not None,
-        None if config.moe is None else config.moe.num_experts,
-    )
-    return _RELEASED.get(shape)
 
 
 def inspect_folder(folder: str | os.PathLike) -> dict[str, str]:
@@ -89,7 +53,7 @@ def inspect_folder(folder: str | os.PathLike) -> dict[str, str]:
     if len(checkpoint.files) > 1:
         files += f" to {checkpoint.files[-1].name}"
     return {
-        "model": variant(config) or "not the shape of a released Mistral",
+        "model": ", ".join(names_of(config)) or "not the shape of a released Mistral",
         "format": f"{checkpoint.format}: {files}, {_bytes(size)}",
         "shape": f"{config.n_layers} layers of width {config.dim}, {config.n_heads} query "
         f"and {config.n_kv_heads} kv heads of {config.head_dim}, hidden "
@@ -108,7 +72,7 @@ def inspect_folder(folder: str | os.PathLike) -> dict[str, str]:
 
 
 def plan(
-    folder: str | os.PathLike,
+    config: ModelConfig,
     mesh: Mapping[str, int],
     *,
     batch: int = 1,
@@ -119,20 +83,18 @@ def plan(
 
     **Arguments:**
 
-    - `folder`: of a model; its config is enough.
+    - `config`: of the model.
     - `mesh`: its axes and their sizes. No such devices are needed.
     - `batch`, `context`: how many rows of how many tokens the cache is to hold.
     - `dtype`: of the weights and the cache.
 
     **Raises:**
 
-    `FileNotFoundError` or `ValueError` as [`load_model`][mistral_eqx.load_model] and
-    [`shard`][mistral_eqx.shard] do.
+    `ValueError` as [`shard`][mistral_eqx.shard] does, or for a number below 1.
     """
     for name, number in (("batch", batch), ("context", context)):
         if number < 1:
             raise ValueError(f"{name} must be 1 or more, got {number}.")
-    config = read_config(folder)
     model = eqx.filter_eval_shape(
         Transformer, config, dtype=jnp.dtype(dtype), key=jax.random.key(0)
     )
@@ -166,7 +128,7 @@ def plan(
     n_devices = math.prod(mesh.values())
     parameters = sum(leaf.size for leaf in jax.tree.leaves(model))
     return {
-        "model": f"{variant(config) or 'a Mistral'}: {parameters:,} parameters",
+        "model": f"{', '.join(names_of(config)) or 'a Mistral'}: {parameters:,} parameters",
         "mesh": " x ".join(f"{axis} {size}" for axis, size in mesh.items())
         + f" = {n_devices} device{'s' if n_devices > 1 else ''}",
         "weights": f"{_bytes(weights_here)} a device, of {_bytes(weights)} in "

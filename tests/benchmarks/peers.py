@@ -35,7 +35,7 @@ second, over what the probe read in the same round; in prefill the operations th
 
 On a GPU, torch and JAX share the card; llama.cpp runs where it was built for:
 
-    python tests/benchmarks/peers.py --shape 7b --dtype bfloat16 --rows 8,64 \\
+    python tests/benchmarks/peers.py --shape mistral-7b-v0.1 --dtype bfloat16 --rows 8,64 \\
         --lengths 2048,8192 --engines transformers
 """
 
@@ -493,13 +493,13 @@ def write_model(shape: str, dtype: str, folder: str) -> None:
     import jax
 
     import mistral_eqx as mx
-    from mistral_eqx.apps.measure import SHAPES
+    from mistral_eqx import RELEASED
     from mistral_eqx.text import TINY_MISTRAL
 
     if shape == "tiny":
         mx.convert(TINY_MISTRAL, folder, format="huggingface", dtype=dtype)
         return
-    model = mx.Transformer(SHAPES[shape], dtype=dtype, key=jax.random.key(0))
+    model = mx.Transformer(RELEASED[shape], dtype=dtype, key=jax.random.key(0))
     mx.save(model, folder, format="huggingface", max_shard_size="100GB")
 
 
@@ -773,7 +773,7 @@ def needs(config, dtype: str, what: dict, steps: int) -> dict[str, float]:
 
 
 def main() -> int:
-    shapes = ("tiny", "135m", "1b", "7b")
+    shapes = ("tiny", "135m", "1b", "mistral-7b-v0.1")
     engines = [name for name in ENGINES if name != Probe.name]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -858,11 +858,11 @@ def one(shape: str, dtype: str, what: dict, engines: list[str], options) -> dict
     """Everything of one model in one precision."""
     import numpy as np
 
-    from mistral_eqx.apps.measure import SHAPES
+    from mistral_eqx import RELEASED
     from mistral_eqx.files.checkpoint import read_config
     from mistral_eqx.text import TINY_MISTRAL
 
-    config = read_config(TINY_MISTRAL) if shape == "tiny" else SHAPES[shape]
+    config = read_config(TINY_MISTRAL) if shape == "tiny" else RELEASED[shape]
     steps = 64 if shape == "tiny" else 32 if config.dim < 2048 else 16
     rows, length = max(1, *options.rows), max(PROMPT, *options.lengths)
     prompts = np.random.default_rng(0).integers(3, config.vocab_size, (rows, length))

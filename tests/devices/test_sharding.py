@@ -19,6 +19,7 @@ from mistral_eqx import beams, generation, scoring
 from mistral_eqx.apps.main import main
 from mistral_eqx.devices import sharding, stages
 from mistral_eqx.devices.mesh import make_mesh, parse_mesh
+from mistral_eqx.files.checkpoint import read_config
 from mistral_eqx.files.inspection import plan
 from mistral_eqx.learning.training import fit, loss, start, train_step
 
@@ -533,6 +534,8 @@ def test_plan(tmp_path, capsys):
     # 6 rows are filled up to 8 of 4.3 GB, in 4 x 8 parts.
     assert told["cache"] == "1.1 GB a device, of 34.4 GB for 8 x 32768 tokens"
     assert told["fits"].startswith("16 GB: yes, 24 GB: yes, 40 GB: yes, 80 GB: yes")
+    released = ["plan", "--shape", "mistral-7b-v0.3", *of_six[3:], "data=4,model=16"]
+    assert shell(capsys, *released)[1] == out
     _, out, _ = shell(capsys, "plan", "--model", tmp_path, "--dtype", "float32")
     assert "16 GB: no, 24 GB: no, 40 GB: yes, 80 GB: yes" in out
     _, staged, _ = shell(capsys, *of_six, "pipe=4")
@@ -549,7 +552,7 @@ def test_plan(tmp_path, capsys):
 def test_plan_is_what_comes_true(saved, capsys):
     model = mx.load_model(saved, mesh=mesh_of("model=2"), dtype=jnp.float32)
     cache, _ = mx.prefill(model, [[1] * 100] * 2, max_tokens=156)
-    told = plan(saved, {"model": 2}, batch=2, context=256, dtype=jnp.float32)
+    told = plan(read_config(saved), {"model": 2}, batch=2, context=256, dtype=jnp.float32)
     number = lambda name: float(re.search(r"([\d.]+) [kM]B a device", told[name])[1])
     assert number("weights") * 1e3 == pytest.approx(max(held(model).values()), rel=0.1)
     assert number("cache") * 1e3 == pytest.approx(max(held(cache).values()), rel=0.1)

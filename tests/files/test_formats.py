@@ -34,7 +34,8 @@ from mistral_eqx.files.huggingface import (
     huggingface_name,
     mistral_name,
 )
-from mistral_eqx.files.inspection import inspect_folder, variant
+from mistral_eqx.files.inspection import inspect_folder
+from mistral_eqx.files.released import names_of
 
 
 YARN = Yarn(4.0, 16, 4.0, 0.5, False)
@@ -1000,21 +1001,25 @@ def test_inspect_reads_no_weights(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "changes, name, parameters",
+    "changes, names, parameters",
     [
-        ({"sliding_window": 4096}, "Mistral 7B v0.1", 7_241_732_096),
-        ({}, "Mistral 7B v0.2", 7_241_732_096),
-        ({"vocab_size": 32768}, "Mistral 7B v0.3, Mathstral 7B", 7_248_023_552),
+        ({"sliding_window": 4096}, ["mistral-7b-v0.1"], 7_241_732_096),
+        ({}, ["mistral-7b-v0.2"], 7_241_732_096),
+        (
+            {"vocab_size": 32768},
+            ["mistral-7b-v0.3", "mathstral-7b"],
+            7_248_023_552,
+        ),
         (
             {"dim": 5120, "n_layers": 40, "vocab_size": 131072},
-            "Mistral Nemo 12B",
+            ["mistral-nemo-12b"],
             12_247_782_400,
         ),
-        ({"moe": MoEConfig(8, 2)}, "Mixtral 8x7B", 46_702_792_704),
-        ({"dim": 4095}, None, None),
+        ({"moe": MoEConfig(8, 2)}, ["mixtral-8x7b"], 46_702_792_704),
+        ({"dim": 4095}, [], None),
     ],
 )
-def test_released_models_have_names_and_sizes(changes, name, parameters):
+def test_released_models_have_names_and_sizes(changes, names, parameters):
     released = {
         "dim": 4096,
         "n_layers": 32,
@@ -1026,7 +1031,7 @@ def test_released_models_have_names_and_sizes(changes, name, parameters):
         "vocab_size": 32000,
     }
     config = ModelConfig(**released | changes)
-    assert variant(config) == name
-    if name is not None:
+    assert names_of(config) == names
+    if names:
         shapes = weight_shapes(config).values()
         assert sum(int(np.prod(shape)) for shape in shapes) == parameters
