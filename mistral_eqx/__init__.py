@@ -26,6 +26,7 @@ from .files.released import RELEASED as RELEASED
 
 # What stands in these modules takes the place of plain functions of the model.
 from .kernels import cpu as _cpu, experts as _experts  # noqa: F401
+from .learning.tokenizers import train_tokenizer as train_tokenizer
 from .sampling import Sampling as Sampling
 from .text import (
     Completion as Completion,
@@ -35,11 +36,7 @@ from .text import (
     score as score,
     stream as stream,
 )
-from .tokenizer import (
-    Tokenizer as Tokenizer,
-    load_tokenizer as load_tokenizer,
-    train_tokenizer as train_tokenizer,
-)
+from .tokenizer import Tokenizer as Tokenizer, load_tokenizer as load_tokenizer
 from .transformer import (
     Transformer as Transformer,
     TransformerBlock as TransformerBlock,

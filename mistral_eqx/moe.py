@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
+from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from .config import ModelConfig
 from .kernels.replaced import replaceable
@@ -80,25 +80,3 @@ def mix(
     shares = jnp.sum(one_hot * weights[:, :, None], axis=1)
     out = jnp.einsum("eti,te->ti", outputs, shares, preferred_element_type=jnp.float32)
     return out.astype(x.dtype)
-
-
-def load_balancing_loss(
-    router_logits: Float[Array, "*layers experts"], top_k: int
-) -> Float32[Array, ""]:
-    """`experts` times the sum over the experts of the share of tokens that chose one and
-    the mean probability it was given: `top_k` if all are used alike, more otherwise.
-
-    Switch Transformers (arXiv 2101.03961), equations 4 to 6, over all layers together, as
-    `load_balancing_loss_func` in transformers.
-
-    **Arguments:**
-
-    - `router_logits`: as they come from the router, of every token in every layer.
-    - `top_k`: how many experts each token chooses.
-    """
-    n_experts = router_logits.shape[-1]
-    logits = router_logits.reshape(-1, n_experts).astype(jnp.float32)
-    _, chosen = jax.lax.top_k(logits, top_k)
-    used = jnp.sum(jax.nn.one_hot(chosen, n_experts, dtype=jnp.float32), axis=1)
-    probabilities = jax.nn.softmax(logits, axis=-1)
-    return n_experts * jnp.sum(jnp.mean(used, axis=0) * jnp.mean(probabilities, axis=0))

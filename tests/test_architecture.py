@@ -21,6 +21,8 @@ FLOORS = {
     "cache": 1,
     "devices.mesh": 1,
     "files.huggingface": 1,
+    "learning.tokenizers": 0,
+    "files.params": 1,
     "files.released": 1,
     "attention": 3,
     "moe": 3,

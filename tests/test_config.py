@@ -6,6 +6,7 @@ from hypothesis import given, strategies as st
 from models import PARAMS
 
 from mistral_eqx import ModelConfig
+from mistral_eqx.files.params import config_from_params, config_to_params
 
 
 REQUIRED = sorted(PARAMS.keys() - {"rope_theta", "sliding_window"})
@@ -33,11 +34,11 @@ def test_params_and_back(
         "rope_theta": rope_theta,
         "sliding_window": sliding_window,
     }
-    config = ModelConfig.from_params(params)
+    config = config_from_params(params)
     told = {key: value for key, value in params.items() if value is not None}
-    assert told.items() <= config.to_params().items()
+    assert told.items() <= config_to_params(config).items()
     assert config.sliding_window == sliding_window
-    assert ModelConfig.from_params(config.to_params()) == config
+    assert config_from_params(config_to_params(config)) == config
 
 
 @pytest.mark.parametrize(
@@ -54,7 +55,7 @@ def test_params_and_back(
 )
 def test_theta_follows_the_released_weights(changes, theta, unchecked):
     params = {name: PARAMS[name] for name in REQUIRED} | changes
-    config = ModelConfig.from_params(params)
+    config = config_from_params(params)
     assert config.rope_theta == theta and type(config.rope_theta) is float
     assert config.sliding_window == changes.get("sliding_window")
 
@@ -70,19 +71,19 @@ def test_is_static():
 def test_missing_key_is_named(name):
     params = {key: value for key, value in PARAMS.items() if key != name}
     with pytest.raises(ValueError, match=f"params.json lacks {name}"):
-        ModelConfig.from_params(params)
+        config_from_params(params)
 
 
 @pytest.mark.parametrize("name", ["lora", "quantization", "vision_encoder", "multimodal"])
 def test_unknown_key_is_named(name):
     with pytest.raises(ValueError, match=f"params.json has {name}, .* not implement"):
-        ModelConfig.from_params(PARAMS | {name: {}})
+        config_from_params(PARAMS | {name: {}})
 
 
 @pytest.mark.parametrize("params", [None, [], [["dim", 1]], "dim", 3])
 def test_params_must_be_an_object(params, unchecked):
     with pytest.raises(ValueError, match="must hold an object"):
-        ModelConfig.from_params(params)
+        config_from_params(params)
 
 
 @pytest.mark.parametrize("name", INTEGERS)
@@ -91,18 +92,18 @@ def test_sizes_are_positive_integers(name, value, unchecked):
     if name == "sliding_window" and value in (None, "4", [4]):
         return
     with pytest.raises(ValueError, match=f"{name} must be a positive integer"):
-        ModelConfig.from_params(PARAMS | {name: value})
+        config_from_params(PARAMS | {name: value})
 
 
 @pytest.mark.parametrize("name", ["norm_eps", "rope_theta"])
 @pytest.mark.parametrize("value", [0, -1e-5, math.nan, math.inf, "1e4", True, [1.0]])
 def test_constants_are_positive_numbers(name, value, unchecked):
     with pytest.raises(ValueError, match=f"{name} must be a positive number"):
-        ModelConfig.from_params(PARAMS | {name: value})
+        config_from_params(PARAMS | {name: value})
 
 
 def test_heads():
     with pytest.raises(ValueError, match=r"n_heads \(4\) must be a multiple of n_kv_heads"):
-        ModelConfig.from_params(PARAMS | {"n_kv_heads": 3})
+        config_from_params(PARAMS | {"n_kv_heads": 3})
     with pytest.raises(ValueError, match="head_dim must be even, got 7"):
-        ModelConfig.from_params(PARAMS | {"head_dim": 7})
+        config_from_params(PARAMS | {"head_dim": 7})

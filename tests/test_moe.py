@@ -15,9 +15,9 @@ from mistral_eqx import ModelConfig, Transformer
 from mistral_eqx.config import MoEConfig
 from mistral_eqx.kernels.experts import block_sizes
 from mistral_eqx.layers import FeedForward
+from mistral_eqx.learning.training import load_balancing_loss
 from mistral_eqx.moe import (
     MixtureOfExperts,
-    load_balancing_loss,
     mix,
     route,
 )

@@ -22,6 +22,7 @@ from mistral_eqx.apps.options import CORPUS
 from mistral_eqx.apps.terminal import read_text, split_held_out
 from mistral_eqx.config import MoEConfig
 from mistral_eqx.files.checkpoint import weight_name
+from mistral_eqx.files.params import config_to_params
 from mistral_eqx.text import TINY_MISTRAL
 
 
@@ -138,7 +139,7 @@ def hugging_face(model, **changes):
 
 def one_file(model):
     """The same model in the one-file port."""
-    args = one_file_ref.ModelArgs(**model.config.to_params())
+    args = one_file_ref.ModelArgs(**config_to_params(model.config))
     skeleton = eqx.filter_eval_shape(one_file_ref.Transformer, args, key=jax.random.key(0))
     weights = state_dict(model)
     return jax.tree_util.tree_map_with_path(

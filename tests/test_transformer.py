@@ -7,6 +7,7 @@ from models import PARAMS, cast, random_model, random_tokens
 
 from mistral_eqx import Cache, ModelConfig, Transformer
 from mistral_eqx.cache import chunk_sizes
+from mistral_eqx.files.params import config_from_params
 
 
 def in_chunks(model, tokens, chunk):
@@ -150,7 +151,7 @@ RELEASED = {
 @pytest.mark.parametrize("name", RELEASED)
 def test_released_models(name):
     params, count = RELEASED[name]
-    config = ModelConfig.from_params(params)
+    config = config_from_params(params)
     model = eqx.filter_eval_shape(
         Transformer, config, dtype=jnp.bfloat16, key=jax.random.key(0)
     )

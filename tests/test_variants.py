@@ -14,9 +14,10 @@ import transformers
 from hypothesis import given, settings, strategies as st
 from models import PARAMS, random_model, random_tokens
 
-from mistral_eqx import ModelConfig, Transformer, decoding, load_model, prefill, save
+from mistral_eqx import Transformer, decoding, load_model, prefill, save
 from mistral_eqx.cache import Cache
 from mistral_eqx.config import Llama4Scaling, Yarn
+from mistral_eqx.files.params import config_from_params
 from mistral_eqx.rope import query_scale
 
 
@@ -193,7 +194,7 @@ REAL = {
 def test_real_configurations(name):
     params, window, parameters = REAL[name]
     params = params | {"n_heads": 32, "n_kv_heads": 8, "head_dim": 128, "norm_eps": 1e-5}
-    config = ModelConfig.from_params(params | {"sliding_window": window})
+    config = config_from_params(params | {"sliding_window": window})
     skeleton = eqx.filter_eval_shape(Transformer, config, key=jax.random.key(0))
     assert sum(leaf.size for leaf in jax.tree.leaves(skeleton)) == parameters
     tokens = jax.ShapeDtypeStruct((300,), jnp.int32)

@@ -12,8 +12,9 @@ from ..devices.processes import wait_for_all
 from ..devices.sharding import shard
 from ..files import export
 from ..files.checkpoint import read_config
+from ..learning.tokenizers import train_tokenizer
 from ..text import TINY_MISTRAL
-from ..tokenizer import Tokenizer, check_vocabulary, train_tokenizer
+from ..tokenizer import Tokenizer, check_vocabulary
 from ..transformer import Transformer
 from .options import add_corpus, add_devices, adder, mesh_of
 from .terminal import read_text, split_held_out

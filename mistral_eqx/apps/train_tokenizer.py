@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ..tokenizer import train_tokenizer
+from ..learning.tokenizers import train_tokenizer
 from .options import add_corpus, adder
 from .terminal import read_text, split_held_out
 

@@ -6,6 +6,7 @@ model goes out as a folder that other programs read.
 | module | what it is |
 |---|---|
 | `weights.py` | tensors in files of any format, read a slice at a time |
+| `params.py` | the config of a model as `params.json` has it |
 | `huggingface.py` | Hugging Face's names, its order of rows, and its `config.json` |
 | `checkpoint.py` | a folder: opened, checked, loaded |
 | `export.py` | a folder: written, or converted to the other format |

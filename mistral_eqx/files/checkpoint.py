@@ -37,6 +37,7 @@ from .huggingface import (
     huggingface_name,
     unstack_experts,
 )
+from .params import config_from_params
 from .weights import (
     DTYPES,
     Index,
@@ -359,7 +360,7 @@ def _read_config(folder: Path, format: str) -> ModelConfig:
             isinstance(content, dict) and "hidden_size" in content
         ):
             return config_from_json(content)
-        return ModelConfig.from_params(content)
+        return config_from_params(content)
     except ValueError as error:
         raise ValueError(f"{path} cannot be used: {error}") from error
 

@@ -27,6 +27,7 @@ from .checkpoint import (
     weight_shapes,
 )
 from .huggingface import config_to_json, huggingface_name, to_huggingface
+from .params import config_to_params
 from .weights import DTYPES, Index, StoredTensor, write_safetensors
 
 
@@ -169,7 +170,7 @@ def _write(
         new_names = {name: huggingface_name(name) for name in tensors}
         tensors = to_huggingface(tensors, config.head_dim)
     else:
-        content = config.to_params()
+        content = config_to_params(config)
         shards = {"consolidated.safetensors": list(tensors)}
         new_names = {name: name for name in tensors}
     if jax.process_index() > 0:

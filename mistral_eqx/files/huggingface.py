@@ -281,7 +281,7 @@ def _window_from_json(
     _, default, _ = _CLASSES[model_type]
     window = values.get("sliding_window", default)
     if model_type == "mixtral":
-        return None  # see ModelConfig.from_params
+        return None  # see config_from_params
     types = values.get("layer_types")
     if types is None:
         return window

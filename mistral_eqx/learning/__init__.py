@@ -2,5 +2,6 @@
 
 | module | what it is |
 |---|---|
+| `tokenizers.py` | a tokenizer learnt from a text |
 | `training.py` | the loss, one step, and a loop that goes on after it was killed |
 """

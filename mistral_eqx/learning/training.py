@@ -12,12 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float32, Int, Integer
+from jaxtyping import Array, Float, Float32, Int, Integer
 from tqdm import tqdm
 
 from ..devices.processes import to_host
 from ..devices.sharding import n_row_groups, place_like, replicate, shard_rows
-from ..moe import load_balancing_loss
 from ..transformer import Transformer
 
 
@@ -36,6 +35,28 @@ def loss(
     logits = jax.vmap(model.logits)(hidden)
     entropy = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
     return jnp.mean(entropy) + uneven
+
+
+def load_balancing_loss(
+    router_logits: Float[Array, "*layers experts"], top_k: int
+) -> Float32[Array, ""]:
+    """`experts` times the sum over the experts of the share of tokens that chose one and
+    the mean probability it was given: `top_k` if all are used alike, more otherwise.
+
+    Switch Transformers (arXiv 2101.03961), equations 4 to 6, over all layers together, as
+    `load_balancing_loss_func` in transformers.
+
+    **Arguments:**
+
+    - `router_logits`: as they come from the router, of every token in every layer.
+    - `top_k`: how many experts each token chooses.
+    """
+    n_experts = router_logits.shape[-1]
+    logits = router_logits.reshape(-1, n_experts).astype(jnp.float32)
+    _, chosen = jax.lax.top_k(logits, top_k)
+    used = jnp.sum(jax.nn.one_hot(chosen, n_experts, dtype=jnp.float32), axis=1)
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    return n_experts * jnp.sum(jnp.mean(used, axis=0) * jnp.mean(probabilities, axis=0))
 
 
 def make_optimizer(

@@ -20,6 +20,7 @@ from mistral_eqx.apps.main import main
 from mistral_eqx.apps.terminal import read_text, split_held_out
 from mistral_eqx.files import export
 from mistral_eqx.files.checkpoint import read_config
+from mistral_eqx.files.params import config_from_params, config_to_params
 from mistral_eqx.learning import training
 from mistral_eqx.text import TINY_MISTRAL
 
@@ -326,9 +327,9 @@ ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "TERM": "dumb", "COLUMNS": "
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """A model with the embedded one's tokenizer, too small to be waited for."""
-    config = read_config(TINY_MISTRAL).to_params()
+    config = config_to_params(read_config(TINY_MISTRAL))
     config |= {"dim": 16, "n_layers": 1, "hidden_dim": 16, "head_dim": 4, "n_heads": 2}
-    model = mx.Transformer(mx.ModelConfig.from_params(config), key=jax.random.key(0))
+    model = mx.Transformer(config_from_params(config), key=jax.random.key(0))
     model = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model)
     small = tmp_path_factory.mktemp("models") / "small"
     mx.save(model, small, tokenizer=TINY_MISTRAL / "tokenizer.model")

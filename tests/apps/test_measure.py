@@ -18,6 +18,7 @@ from mistral_eqx.apps import measure as bench
 from mistral_eqx.apps.main import main
 from mistral_eqx.attention import visible
 from mistral_eqx.files.checkpoint import weight_shapes
+from mistral_eqx.files.params import config_from_params
 
 
 PEERS = Path(__file__).parents[1] / "benchmarks" / "peers.py"
@@ -39,7 +40,7 @@ def small_probe(monkeypatch):
 
 
 def config(**changes):
-    return mx.ModelConfig.from_params(PARAMS | changes)
+    return config_from_params(PARAMS | changes)
 
 
 def report(capsys, *arguments):

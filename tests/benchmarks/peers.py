@@ -170,7 +170,9 @@ class OneFile:
 
         model = mx.load_model(job.folder, dtype=job.dtype)
         names = {field.name for field in dataclasses.fields(one_file_ref.ModelArgs)}
-        params = model.config.to_params()
+        from mistral_eqx.files.params import config_to_params
+
+        params = config_to_params(model.config)
         args = {name: params[name] for name in names if name in params}
         skeleton = eqx.filter_eval_shape(
             one_file_ref.Transformer,

@@ -17,6 +17,7 @@ from models import random_model, random_tokens
 from worker import program
 
 import mistral_eqx as mx
+from mistral_eqx.files.params import config_to_params
 from mistral_eqx.learning.training import loss
 from mistral_eqx.text import TINY_MISTRAL
 
@@ -127,7 +128,7 @@ def test_one_process_prints(model_folder, start):
 
 def test_one_process_writes_what_all_have_trained(tmp_path, start):
     (tmp_path / "params.json").write_text(
-        json.dumps(random_model(vocab_size=300, n_layers=1).config.to_params())
+        json.dumps(config_to_params(random_model(vocab_size=300, n_layers=1).config))
     )
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat, and the dog sat by the door\n" * 60)

@@ -21,6 +21,7 @@ from mistral_eqx.devices import sharding, stages
 from mistral_eqx.devices.mesh import make_mesh, parse_mesh
 from mistral_eqx.files.checkpoint import read_config
 from mistral_eqx.files.inspection import plan
+from mistral_eqx.files.params import config_to_params
 from mistral_eqx.learning.training import fit, loss, start, train_step
 
 
@@ -323,7 +324,7 @@ def test_other_dimensions_that_cannot_be_divided():
     ]:
         with pytest.raises(ValueError, match=words):
             model = skeleton(
-                mx.ModelConfig(**random_model(n_heads=8).config.to_params() | changes)
+                mx.ModelConfig(**config_to_params(random_model(n_heads=8).config) | changes)
             )
             sharding.shardings(model, abstract(mesh))
     with pytest.raises(ValueError, match="axis 'tensor': the axes are data, fsdp"):
@@ -520,7 +521,7 @@ def test_every_command_takes_a_mesh(saved, tmp_path, capsys, monkeypatch):
 
 
 def test_plan(tmp_path, capsys):
-    (tmp_path / "params.json").write_text(json.dumps(MISTRAL_7B.to_params()))
+    (tmp_path / "params.json").write_text(json.dumps(config_to_params(MISTRAL_7B)))
     of_six = ["plan", "--model", tmp_path, "--batch", 6, "--context", 32768, "--mesh"]
     status, out, _ = shell(capsys, *of_six, "data=4,model=16")
     told = dict(line.split(maxsplit=1) for line in out.splitlines())
