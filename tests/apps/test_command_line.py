@@ -312,7 +312,7 @@ def test_embedded_model_demo(capsys):
 
 
 def test_embedded_model_compresses_what_it_has_not_read(capsys, tmp_path):
-    """Better than xz -9, which needs 2.49 and 1.75 bits for a byte."""
+    """Better than xz -9 of the whole texts, which needs 2.49 and 1.75 bits a byte."""
     for name, bound in (("shakespeare", 2.49), ("king_james_bible", 1.75)):
         _, unseen = split_held_out(read_text(TINY_MISTRAL / "corpus" / f"{name}.txt.xz"))
         (tmp_path / name).write_text(unseen[:50_000])
