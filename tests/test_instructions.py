@@ -1,0 +1,101 @@
+"""instructions.md tells the errors that really come, and what it links is there."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import mistral_eqx as mx
+
+
+ROOT = Path(mx.__file__).parents[1]
+TEXT = (ROOT / "instructions.md").read_text()
+
+
+def told_errors():
+    """The messages in the table of errors, as patterns."""
+    table = TEXT.split("| message | what to do |\n|---|---|\n")[1].split("\n\n")[0]
+    messages = [re.search(r"`(.+?)`", row)[1] for row in table.splitlines()]
+    return [".*".join(map(re.escape, message.split("..."))) for message in messages]
+
+
+def without_weights(folder):
+    (folder / "consolidated.safetensors").unlink()
+
+
+def cut(folder):
+    path = folder / "consolidated.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def missing_shard(folder):
+    mx.convert(folder, folder / "hf", max_shard_size="20KB")
+    hf = folder / "hf"
+    next(hf.glob("model-00002-of-*")).unlink()
+    for file in folder.glob("*.*"):
+        file.unlink()
+    for file in hf.iterdir():
+        shutil.move(file, folder / file.name)
+
+
+def another_config(folder):
+    path = folder / "params.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"n_layers": 3}))
+
+
+def quantized(folder):
+    weights = load_file(folder / "consolidated.safetensors")
+    name = "layers.0.attention.wq.weight"
+    weights[name] = weights[name].astype(ml_dtypes.float8_e4m3fn)
+    save_file(weights, folder / "consolidated.safetensors")
+
+
+def not_implemented(folder):
+    path = folder / "params.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vision_encoder": {}}))
+
+
+def other_tokenizer(folder):
+    config = mx.ModelConfig(
+        dim=8, n_layers=1, head_dim=4, hidden_dim=8, n_heads=2, n_kv_heads=1,
+        norm_eps=1e-5, vocab_size=32,
+    )  # fmt: skip
+    model = mx.Transformer(config, key=jax.random.key(0))
+    mx.save(model, folder, tokenizer=mx.text.TINY_MISTRAL / "tokenizer.model", force=True)
+
+
+FAULTS = [
+    without_weights,
+    cut,
+    missing_shard,
+    another_config,
+    quantized,
+    not_implemented,
+    other_tokenizer,
+]
+
+
+def test_every_fault_is_in_the_table(folder, tmp_path):
+    found = []
+    for i, fault in enumerate(FAULTS):
+        copy = shutil.copytree(folder, tmp_path / f"copy{i}")
+        fault(copy)
+        with pytest.raises((ValueError, FileNotFoundError)) as error:
+            mx.load(copy)
+        matching = [p for p in told_errors() if re.search(p, str(error.value))]
+        assert len(matching) == 1, (fault.__name__, str(error.value), matching)
+        found += matching
+    assert sorted(found) == sorted(told_errors())
+
+
+@pytest.mark.parametrize("page", ["README.md", "instructions.md", "notebooks/README.md"])
+def test_links_lead_somewhere(page):
+    path = ROOT / page
+    for link in re.findall(r"(?:\]\(|src=\")([^)\"#]+)", path.read_text()):
+        if not link.startswith("http"):
+            assert (path.parent / link).exists(), link
