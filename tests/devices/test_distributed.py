@@ -132,8 +132,8 @@ def test_one_process_writes_what_all_have_trained(tmp_path, start):
     )
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat, and the dog sat by the door\n" * 60)
-    options = ["--params", tmp_path, "--corpus", text, "--batch_size", 4, "--seq_len", 16]
-    options = [*map(str, options), "--steps", "3", "--learning_rate", "1"]
+    options = ["--params", tmp_path, "--corpus", text, "--batch-size", 4, "--seq-len", 16]
+    options = [*map(str, options), "--steps", "3", "--learning-rate", "1"]
     processes = start(
         command("train", str(tmp_path / "two"), *options, "--mesh", "fsdp=4,model=2")
     )
