@@ -240,6 +240,7 @@ class InProcess:
 
 
 def test_engines_agree_and_a_wrong_one_is_found(peers, tmp_path, monkeypatch, unchecked):
+    pytest.importorskip("torch")
     engines = [peers.Package, peers.OneFile, peers.Transformers]
     folder, path = str(tmp_path / "model"), str(tmp_path / "model.gguf")
     model = random_model(head_dim=8, sliding_window=64, dim=32, vocab_size=512)

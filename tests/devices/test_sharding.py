@@ -230,9 +230,9 @@ def collectives(compiled):
     for line in compiled.as_text().splitlines():
         if match := COLLECTIVE.search(line):
             purpose = re.search(r'op_name="[^"]*?(\w+)"', line)
-            # What the gather of the logits is called differs among versions of JAX.
-            gathers = match[1] == "all-gather"
-            found[match[1], "logits" if gathers else purpose[1]] += 1
+            # What some of them are called differs among versions of JAX.
+            name = "logits" if match[1] == "all-gather" else purpose[1]
+            found[match[1], "slice" if name == "shard_map" else name] += 1
     return found
 
 
