@@ -12,7 +12,8 @@ from jax.typing import DTypeLike
 
 from . import beams, generation, scoring
 from .decoding import BLOCK
-from .files.checkpoint import load_model, read_config
+from .files.checkpoint import load_model
+from .files.folders import read_config
 from .generation import Continuation
 from .sampling import Sampling, SamplingOptions
 from .scoring import Scored

@@ -89,8 +89,8 @@ def execute(
     # Compiled programs kept from an earlier run would make the first call look short.
     env = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false", **env}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # At Ctrl-C nbclient notes that it ends the kernel, goes on, and stumbles over the kernel's
-    # absence somewhere: where depends on how far the kernel had ended.
+    # At Ctrl-C nbclient notes that it ends the kernel and goes on. The error that it then
+    # raises depends on how far the kernel had ended.
     interrupted = lambda: getattr(client, "_async_cleanup_kernel_future", None) is not None
     try:
         client.execute(env=env)

@@ -21,6 +21,8 @@ FLOORS = {
     "cache": 1,
     "devices.mesh": 1,
     "files.huggingface": 1,
+    "files.config_json": 1,
+    "files.folders": 2,
     "learning.tokenizers": 0,
     "files.params": 1,
     "files.released": 1,

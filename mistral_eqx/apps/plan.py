@@ -3,7 +3,7 @@
 import argparse
 
 from ..devices.mesh import parse_mesh
-from ..files.checkpoint import read_config
+from ..files.folders import read_config
 from ..files.inspection import plan
 from ..files.released import RELEASED
 from .options import add_dtype, add_model, adder, folder_of

@@ -11,7 +11,7 @@ import numpy as np
 from ..devices.processes import wait_for_all
 from ..devices.sharding import shard
 from ..files import export
-from ..files.checkpoint import read_config
+from ..files.folders import read_config
 from ..learning.tokenizers import train_tokenizer
 from ..text import TINY_MISTRAL
 from ..tokenizer import Tokenizer, check_vocabulary

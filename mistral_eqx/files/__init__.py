@@ -6,8 +6,10 @@ model goes out as a folder that other programs read.
 | module | what it is |
 |---|---|
 | `weights.py` | tensors in files of any format, read a slice at a time |
-| `params.py` | the config of a model as `params.json` has it |
-| `huggingface.py` | Hugging Face's names, its order of rows, and its `config.json` |
+| `params.py` | the config of a model as Mistral's `params.json` has it |
+| `config_json.py` | the config of a model as Hugging Face's `config.json` has it |
+| `huggingface.py` | Hugging Face's names of weights, and its order of rows |
+| `folders.py` | which files of a folder hold a model |
 | `checkpoint.py` | a folder: opened, checked, loaded |
 | `export.py` | a folder: written, or converted to the other format |
 | `released.py` | the shapes of released models, by name |

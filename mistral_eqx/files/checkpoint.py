@@ -9,13 +9,10 @@ straight to where it belongs.
 
 import dataclasses
 import functools
-import json
-import logging
 import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -31,13 +28,8 @@ from ..devices.sharding import shardings as shardings_on
 from ..devices.stages import in_stages
 from ..kernels import dtypes
 from ..transformer import Transformer
-from .huggingface import (
-    config_from_json,
-    from_huggingface,
-    huggingface_name,
-    unstack_experts,
-)
-from .params import config_from_params
+from .folders import CONFIGS, HUGGINGFACE, format_of, read_config_as, weight_files
+from .huggingface import from_huggingface, huggingface_name, unstack_experts
 from .weights import (
     DTYPES,
     Index,
@@ -47,26 +39,6 @@ from .weights import (
     open_torch,
     stack,
 )
-
-
-MISTRAL, HUGGINGFACE = "mistral", "huggingface"
-CONFIGS = {MISTRAL: "params.json", HUGGINGFACE: "config.json"}
-# Where each format keeps its weights, the best first: one file, an index of several, or
-# several without an index.
-_WEIGHTS = {
-    MISTRAL: (
-        "consolidated.safetensors",
-        "consolidated.safetensors.index.json",
-        "consolidated.[0-9][0-9].pth",
-        "consolidated.[0-9][0-9].pt",
-    ),
-    HUGGINGFACE: (
-        "model.safetensors",
-        "model.safetensors.index.json",
-        "pytorch_model.bin",
-        "pytorch_model.bin.index.json",
-    ),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,13 +158,6 @@ def stored_parts(
     return parts
 
 
-def read_config(folder: str | os.PathLike) -> ModelConfig:
-    """Reads and checks a folder's `params.json` or `config.json`. Raises as
-    [`load_model`][] does."""
-    folder = Path(folder)
-    return _read_config(folder, _format(folder))
-
-
 def open_checkpoint(folder: str | os.PathLike) -> Checkpoint:
     """Opens a folder in either format, without reading any weights.
 
@@ -201,9 +166,9 @@ def open_checkpoint(folder: str | os.PathLike) -> Checkpoint:
     `FileNotFoundError` for a missing folder or file, `ValueError` for a damaged one.
     """
     folder = Path(folder)
-    format = _format(folder)
-    config = _read_config(folder, format)
-    files, names = _weight_files(folder, format)
+    format = format_of(folder)
+    config = read_config_as(folder, format)
+    files, names = weight_files(folder, format)
     tensors = {}
     for file in tqdm(files, "open", unit="file", delay=1, disable=None):
         opened = (open_safetensors if file.suffix == ".safetensors" else open_torch)(file)
@@ -312,109 +277,6 @@ def _read_once(
         return parts[place]
 
     return read
-
-
-def _format(folder: Path) -> str:
-    """The format of a folder: the one whose config and weights are both there. Mistral's
-    comes first: its rows need not be permuted."""
-    if not folder.exists():
-        raise FileNotFoundError(f"There is no folder {folder}.")
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"There is no folder {folder}: it is a file. Name the folder it is in."
-        )
-    configs = [f for f in CONFIGS if (folder / CONFIGS[f]).is_file()]
-    if not configs:
-        if any(folder.glob("adapter_*")) or any(folder.glob("*lora*")):
-            raise ValueError(
-                f"{folder} holds a LoRA adapter and no model. Load the model that it was "
-                "trained for."
-            )
-        raise FileNotFoundError(
-            f"There is no params.json in {folder}, and no config.json. It comes with the "
-            "weights: download the whole folder."
-        )
-    whole = [f for f in configs if any(_found(folder, pattern) for pattern in _WEIGHTS[f])]
-    if len(whole) == 2:
-        _say_which(folder)
-    return (whole or configs)[0]
-
-
-@functools.cache
-def _say_which(folder: Path) -> None:
-    logging.getLogger(__name__).warning(
-        f"{folder} holds the weights in Mistral's and in Hugging Face's format. "
-        "Mistral's are used."
-    )
-
-
-def _found(folder: Path, pattern: str) -> list[Path]:
-    return sorted(folder.glob(pattern))
-
-
-def _read_config(folder: Path, format: str) -> ModelConfig:
-    path = folder / CONFIGS[format]
-    try:
-        content = _read_json(path)
-        if format == HUGGINGFACE or (
-            isinstance(content, dict) and "hidden_size" in content
-        ):
-            return config_from_json(content)
-        return config_from_params(content)
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be used: {error}") from error
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError as error:  # what else json raises is a ValueError
-        raise ValueError("it is nested too deeply.") from error
-
-
-def _weight_files(
-    folder: Path, format: str
-) -> tuple[tuple[Path, ...], Mapping[str, str] | None]:
-    """The files that hold the weights, and what their index says, if they have one."""
-    for pattern in _WEIGHTS[format]:
-        files = _found(folder, pattern)
-        if not files:
-            continue
-        if pattern.endswith(".index.json"):
-            return _read_index(files[0])
-        for number, file in enumerate(files):
-            if len(files) > 1 and f".{number:02}." not in file.name:
-                raise FileNotFoundError(
-                    f"{folder} lacks consolidated.{number:02}{file.suffix}, but has "
-                    f"{files[-1].name}. Download the whole folder."
-                )
-        return tuple(files), None
-    raise FileNotFoundError(
-        f"There is no {_WEIGHTS[format][0]} in {folder}, nor any other weights that go "
-        f"with its {CONFIGS[format]}. Download the whole folder."
-    )
-
-
-def _read_index(path: Path) -> tuple[tuple[Path, ...], Mapping[str, str]]:
-    try:
-        index = _read_json(path)
-        places = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(places, dict) or not places:
-            raise ValueError("it has no weight_map.")
-        for file in places.values():
-            if not isinstance(file, str) or Path(file).name != file:
-                raise ValueError(
-                    f"its weight_map names {file!r}, which is no file beside it."
-                )
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be used: {error}") from error
-    files = sorted(set(places.values()))
-    for file in files:
-        if not (path.parent / file).is_file():
-            raise FileNotFoundError(
-                f"{path} names {file}, which is not there. Download the whole folder."
-            )
-    return tuple(path.parent / file for file in files), places
 
 
 def _default_dtype(checkpoint: Checkpoint) -> DTypeLike:

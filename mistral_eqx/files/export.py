@@ -17,16 +17,10 @@ from tqdm import tqdm
 from ..config import ModelConfig
 from ..devices.processes import to_host
 from ..transformer import Transformer
-from .checkpoint import (
-    CONFIGS,
-    HUGGINGFACE,
-    MISTRAL,
-    open_checkpoint,
-    stored_parts,
-    weight_name,
-    weight_shapes,
-)
-from .huggingface import config_to_json, huggingface_name, to_huggingface
+from .checkpoint import open_checkpoint, stored_parts, weight_name, weight_shapes
+from .config_json import config_to_json
+from .folders import CONFIGS, HUGGINGFACE, MISTRAL
+from .huggingface import huggingface_name, to_huggingface
 from .params import config_to_params
 from .weights import DTYPES, Index, StoredTensor, write_safetensors
 

@@ -19,7 +19,7 @@ import mistral_eqx as mx
 from mistral_eqx.apps.main import main
 from mistral_eqx.apps.terminal import read_text, split_held_out
 from mistral_eqx.files import export
-from mistral_eqx.files.checkpoint import read_config
+from mistral_eqx.files.folders import read_config
 from mistral_eqx.files.params import config_from_params, config_to_params
 from mistral_eqx.learning import training
 from mistral_eqx.text import TINY_MISTRAL

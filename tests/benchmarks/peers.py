@@ -861,7 +861,7 @@ def one(shape: str, dtype: str, what: dict, engines: list[str], options) -> dict
     import numpy as np
 
     from mistral_eqx import RELEASED
-    from mistral_eqx.files.checkpoint import read_config
+    from mistral_eqx.files.folders import read_config
     from mistral_eqx.text import TINY_MISTRAL
 
     config = read_config(TINY_MISTRAL) if shape == "tiny" else RELEASED[shape]

@@ -19,7 +19,7 @@ from mistral_eqx import beams, generation, scoring
 from mistral_eqx.apps.main import main
 from mistral_eqx.devices import sharding, stages
 from mistral_eqx.devices.mesh import make_mesh, parse_mesh
-from mistral_eqx.files.checkpoint import read_config
+from mistral_eqx.files.folders import read_config
 from mistral_eqx.files.inspection import plan
 from mistral_eqx.files.params import config_to_params
 from mistral_eqx.learning.training import fit, loss, start, train_step

@@ -1,0 +1,153 @@
+"""Either format out, bit for bit, and nothing lost or half written."""
+
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from layouts import assert_is_mixtral, assert_same_bits, weights_of, write_raw
+
+import mistral_eqx
+from mistral_eqx import convert, load_model, save
+from mistral_eqx.files import weights
+from mistral_eqx.files.checkpoint import open_checkpoint
+
+
+@pytest.mark.parametrize("format", ["mistral", "huggingface"])
+def test_a_saved_mixtral(format, tmp_path):
+    """Experts are stacked in the model and one by one in the files."""
+    model = load_model(write_raw(tmp_path / "raw", "Mixtral"), dtype="bfloat16")
+    save(model, tmp_path / "saved", format=format, max_shard_size="30KB")
+    assert_same_bits(tmp_path / "saved", "Mixtral")
+    again = load_model(tmp_path / "saved", dtype="bfloat16")
+    assert again.config.moe == model.config.moe
+    assert_is_mixtral(again)
+
+
+@pytest.mark.parametrize("format", ["mistral", "huggingface"])
+def test_save_then_load_is_the_identity(format, tmp_path):
+    model = load_model(write_raw(tmp_path / "raw"), dtype="bfloat16")
+    save(model, tmp_path / "saved", format=format)
+    assert_same_bits(tmp_path / "saved", "v0.3")
+    again = load_model(tmp_path / "saved", dtype="bfloat16")
+    assert again.config.windows == model.config.windows
+    for leaf, other in zip(jax.tree.leaves(model), jax.tree.leaves(again)):
+        np.testing.assert_array_equal(leaf, other)
+
+
+def test_the_one_file_port_reads_what_is_written(tmp_path):
+    import one_file_ref
+
+    convert(write_raw(tmp_path / "first"), tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "raw")
+    theirs = one_file_ref.Transformer.from_folder(tmp_path / "raw", jnp.float32)
+    ours = load_model(tmp_path / "raw", dtype="float32")
+    for leaf, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
+        np.testing.assert_array_equal(leaf, other)
+
+
+def test_save_in_another_dtype(tmp_path):
+    raw = write_raw(tmp_path / "raw")
+    convert(raw, tmp_path / "wide", dtype="float32")
+    assert open_checkpoint(tmp_path / "wide").dtype == np.float32
+    assert (
+        json.loads((tmp_path / "wide/config.json").read_text())["torch_dtype"] == "float32"
+    )
+    assert_same_bits(tmp_path / "wide", "v0.3")
+    tensors = dict(weights_of("v0.3"))
+    tensors["norm.weight"] = np.full(32, 1e5, ml_dtypes.bfloat16)
+    write_raw(tmp_path / "large", tensors=tensors)
+    with pytest.raises(ValueError, match="norm.weight holds numbers beyond float16"):
+        convert(tmp_path / "large", tmp_path / "f16", dtype="float16")
+    assert not list(tmp_path.glob("f16*"))
+
+
+def test_tokenizers_are_carried_along(tmp_path):
+    raw = write_raw(tmp_path / "raw")
+    for name in ("tokenizer.model.v3", "tekken.json", "notes.txt"):
+        (raw / name).write_text(name)
+    convert(raw, tmp_path / "hf")
+    assert (tmp_path / "hf/tokenizer.model.v3").read_text() == "tokenizer.model.v3"
+    assert (tmp_path / "hf/tekken.json").is_file()
+    assert not (tmp_path / "hf/notes.txt").exists()
+    model = load_model(raw)
+    save(model, tmp_path / "saved", tokenizer=raw / "tokenizer.model.v3")
+    assert (tmp_path / "saved/tokenizer.model.v3").is_file()
+    with pytest.raises(FileNotFoundError, match="no tokenizer at"):
+        save(model, tmp_path / "none", tokenizer=raw / "tokenizer.model")
+
+
+def test_nothing_is_overwritten(tmp_path):
+    raw = write_raw(tmp_path / "raw")
+    for name in ("hf", "full"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="is there already"):
+        convert(raw, tmp_path / "hf")
+    with pytest.raises(FileExistsError, match="holds no model, and is not replaced"):
+        convert(raw, tmp_path / "full", force=True)
+    assert (tmp_path / "full/mine.txt").read_text() == "mine"
+    with pytest.raises(FileExistsError, match="holds what is converted"):
+        convert(raw, raw, force=True)
+    (tmp_path / "hf/config.json").write_text("{}")
+    convert(raw, tmp_path / "hf", force=True)
+    assert_same_bits(tmp_path / "hf", "v0.3")
+    assert {path.name for path in tmp_path.iterdir()} == {"raw", "hf", "full"}
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_nothing_is_left_half_written(error, tmp_path, monkeypatch):
+    raw = write_raw(tmp_path / "raw")
+    convert(raw, tmp_path / "hf")
+    read = weights._read_safetensors
+
+    def fail(path, name, index):
+        if name == "layers.1.attention.wo.weight":
+            raise error
+        return read(path, name, index)
+
+    monkeypatch.setattr(weights, "_read_safetensors", fail)
+    for target in ("new", "hf"):
+        with pytest.raises(type(error)):
+            convert(raw, tmp_path / target, format="huggingface", force=True)
+    monkeypatch.undo()
+    assert {path.name for path in tmp_path.iterdir()} == {"raw", "hf"}
+    assert_same_bits(tmp_path / "hf", "v0.3")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"format": "gguf"}, "format must be mistral or huggingface, got 'gguf'"),
+        ({"dtype": "int8"}, "dtype must be bfloat16, float16 or float32, got int8"),
+        ({"max_shard_size": "5 apples"}, 'max_shard_size must be like "5GB"'),
+        ({"max_shard_size": 0}, "max_shard_size must be like"),
+    ],
+)
+def test_options_are_checked_first(options, message, tmp_path):
+    raw = write_raw(tmp_path / "raw")
+    with pytest.raises(ValueError, match=message):
+        convert(raw, tmp_path / "out", **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["raw"]
+
+
+def test_convert_and_inspect_as_commands(tmp_path):
+    """As a user runs them: results on standard output, and nothing else."""
+    raw = write_raw(tmp_path / "raw", "v0.1")
+    command = [sys.executable, "-m", "mistral_eqx"]
+    root = Path(mistral_eqx.__file__).parents[1]
+    run = functools.partial(subprocess.run, capture_output=True, text=True, cwd=root)
+    done = run([*command, "convert", raw, tmp_path / "hf", "--max-shard-size", "20KB"])
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert_same_bits(tmp_path / "hf", "v0.1")
+    done = run([*command, "inspect", "--model", tmp_path / "hf"])
+    assert done.returncode == 0 and done.stderr == ""
+    parameters = sum(array.size for array in weights_of("v0.1").values())
+    for told in ("8 tokens", f"{parameters:,}", "huggingface: model-00001-of-0", "none"):
+        assert told in done.stdout
