@@ -1,10 +1,12 @@
 """The package and the one-file port against transformers, which is the authority.
 
-In float32 the logits agree to 1e-4 at every position and greedy decoding to the token.
+The package is compared as users run it, and once more with all kernels switched off, so
+that the plain text of the model can be trusted. In float32 the logits agree to 1e-4 at every position and greedy decoding to the token.
 The one-file port keeps the reference's prefill, whose queries see one key more than the
 window: it is compared where a prefill is no longer than the window.
 """
 
+import contextlib
 import functools
 
 import equinox as eqx
@@ -23,6 +25,7 @@ from mistral_eqx.apps.terminal import read_text, split_held_out
 from mistral_eqx.config import MoEConfig
 from mistral_eqx.files.checkpoint import weight_name
 from mistral_eqx.files.params import config_to_params
+from mistral_eqx.kernels.replaced import plain
 from mistral_eqx.text import TINY_MISTRAL
 
 
@@ -211,8 +214,16 @@ cases = pytest.mark.parametrize("name", CASES)
 package_cases = pytest.mark.parametrize("name", PACKAGE_CASES)
 
 
+# Of the module, so that compiled programs are dropped once and not at every test.
+@pytest.fixture(scope="module", params=["kernels", "plain"])
+def programs(request):
+    """What computes the replaceable functions of the model."""
+    with plain() if request.param == "plain" else contextlib.nullcontext():
+        yield
+
+
 @package_cases
-def test_package_logits(name):
+def test_package_logits(name, programs):
     expected = case(name)
     logits, cache = eqx.filter_jit(expected.model)(jnp.asarray(expected.tokens))
     assert cache is None
@@ -221,7 +232,7 @@ def test_package_logits(name):
 
 @package_cases
 @pytest.mark.parametrize("chunk", CHUNKS)
-def test_package_ragged_batch_in_chunks(name, chunk):
+def test_package_ragged_batch_in_chunks(name, chunk, programs):
     expected = case(name)
     # Every beginning of the text is a row, so every position is the last of some row.
     everything = [expected.tokens[: i + 1] for i in range(len(expected.tokens))]
@@ -235,7 +246,7 @@ def test_package_ragged_batch_in_chunks(name, chunk):
 
 
 @package_cases
-def test_package_hidden_states(name):
+def test_package_hidden_states(name, programs):
     expected = case(name)
     tokens = torch.tensor([expected.tokens])
     with torch.no_grad():
@@ -304,7 +315,7 @@ def test_one_file_ragged_batch(name):
 
 
 @pytest.mark.parametrize("name", ["window 8, 2 kv heads", "no window, 4 kv heads"])
-def test_bfloat16(name):
+def test_bfloat16(name, programs):
     """Two right programs round differently in bfloat16, whose steps are 2**-8 of a number,
     some twenty times on the way. So the measure is the exact logits of the same bfloat16
     weights: the package is within 5 percent of their spread on average and no further from
@@ -337,7 +348,7 @@ def embedded():
     return Case(model, tokens, [330, 64, 7])
 
 
-def test_embedded_model_package():
+def test_embedded_model_package(programs):
     expected = embedded()
     logits, _ = eqx.filter_jit(expected.model)(jnp.asarray(expected.tokens))
     np.testing.assert_allclose(logits, expected.logits, **TOLERANCE)
