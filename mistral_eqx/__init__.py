@@ -29,7 +29,6 @@ from .kernels import cpu as _cpu, experts as _experts  # noqa: F401
 from .learning.tokenizers import train_tokenizer as train_tokenizer
 from .sampling import Sampling as Sampling
 from .text import (
-    Completion as Completion,
     beam_search as beam_search,
     generate as generate,
     load as load,
@@ -41,3 +40,4 @@ from .transformer import (
     Transformer as Transformer,
     TransformerBlock as TransformerBlock,
 )
+from .writer import Completion as Completion

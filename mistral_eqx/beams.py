@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32
 
+from . import arguments
 from .cache import Cache
 from .decoding import forward, prefill
 from .devices.processes import to_host
 from .devices.sharding import fill_rows, shard_cache
-from .prompts import check_prompts, next_power_of_two
+from .prompts import checked_eos_ids, checked_prompts, next_power_of_two
 from .transformer import Transformer
 
 
@@ -118,21 +119,18 @@ def beam_search(
     `ValueError` as `prefill` does, and for a number outside its range.
     """
     vocab_size = model.config.vocab_size
-    check_prompts(prompts, vocab_size)
-    if not 1 <= n_beams <= vocab_size:
-        raise ValueError(
-            f"n_beams must be between 1 and the {vocab_size} ids of the vocabulary, got "
-            f"{n_beams}."
-        )
-    if not 1 <= n_best <= n_beams:
-        raise ValueError(f"n_best must be between 1 and n_beams, got {n_best}.")
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens must be 1 or more, got {max_tokens}.")
+    prompts = checked_prompts(prompts, vocab_size)
+    eos_ids = checked_eos_ids(eos_ids, vocab_size)
+    n_beams = arguments.integer("n_beams", n_beams, least=1, most=vocab_size)
+    n_best = arguments.integer("n_best", n_best, least=1, most=n_beams)
+    max_tokens = arguments.integer("max_tokens", max_tokens, least=1)
+    length_penalty = arguments.number("length_penalty", length_penalty)
     if not -np.inf < length_penalty < np.inf:
-        raise ValueError(f"length_penalty must be a number, got {length_penalty!r}.")
-    if early_stopping not in (True, False, "never"):
+        raise ValueError(f"length_penalty must be finite, got {length_penalty!r}.")
+    if early_stopping is not True and early_stopping not in (False, "never"):
         raise ValueError(
-            f'early_stopping must be True, False or "never", got {early_stopping!r}.'
+            'early_stopping must be True, False or "never", got '
+            f"{arguments.shown(early_stopping)}."
         )
     rows = fill_rows(prompts, model)
     cache, logits = prefill(model, rows, max_tokens=max_tokens, chunk=chunk)
@@ -144,7 +142,7 @@ def beam_search(
         length_penalty=jnp.float32(length_penalty),
         stop_when_full=jnp.asarray(early_stopping is True),
         wait_for_longest=jnp.asarray(early_stopping == "never"),
-        eos_ids=jnp.asarray(list(eos_ids) or [-1], jnp.int32),
+        eos_ids=jnp.asarray(eos_ids or [-1], jnp.int32),
     )
     found = _search(model, state, logits, options)
     return _read(found, n_best, frozenset(eos_ids))[: len(prompts)]

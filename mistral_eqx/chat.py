@@ -6,25 +6,34 @@ any is of version 1, whose `[INST]` is plain text.
 """
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
+from . import arguments
 from .decoding import prefill
 from .prompts import next_power_of_two
 from .sampling import Sampling, SamplingOptions
-from .text import Completion, Writer, write
 from .tokenizer import Tokenizer
 from .transformer import Transformer
+from .writer import Completion, Writer, write
 
 
-Message = Mapping[str, str]
+# As mistral-common and OpenAI have them.
+Message = Mapping[str, Any]
 
 # The control id that a version of sentencepiece tokenizers has and those before it lack.
 _MARKS = {"v7": "[SYSTEM_PROMPT]", "v3": "[PREFIX]", "v2": "[INST]"}
 
 
-def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+def encode_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Mapping[str, Any]] = (),
+    reasoning_effort: str | None = None,
+) -> list[int]:
     """The ids of a conversation, ready for the answer.
 
     What stands in a message is text: `</s>` or `[INST]` in it never become the control ids
@@ -33,47 +42,87 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     **Arguments:**
 
     - `tokenizer`: any of Mistral's, or of version 1's kind.
-    - `messages`: `{"role": ..., "content": ...}` each; the roles are "system", "user"
-        and "assistant", and the last is of the user.
+    - `messages`: `{"role": ..., "content": ...}` each; the roles are "system", "user",
+        "assistant" and "tool". The content is a text, or a list of chunks such as
+        `{"type": "text", "text": ...}`. The last message is of the user, of a tool, or of
+        the assistant with `"prefix": True`, which begins the answer.
+    - `tools`: the functions that the model may call.
+    - `reasoning_effort`: for the tokenizers that have it: "none" or "high", say.
 
     **Raises:**
 
-    `ImportError` without mistral-common. `ValueError` for no messages, an unknown role, or
-    an order of roles that the template does not have; with a version 1 tokenizer also for
-    a message that contains `[INST]` or `[/INST]`, which it could not tell from its own.
+    `ImportError` without mistral-common. `TypeError` for what are no messages. `ValueError`
+    for no messages, an unknown role, or anything else that the template does not have; with
+    a version 1 tokenizer also for a message that contains `[INST]` or `[/INST]`, which it
+    could not tell from its own.
     """
-    if len(messages) == 0:
-        raise ValueError("The conversation is empty: give a message of the user's.")
-    for i, message in enumerate(messages):
-        if set(message) != {"role", "content"} or not isinstance(message["content"], str):
-            raise ValueError(
-                f'Message {i} must be {{"role": ..., "content": a text}}, got {message!r}.'
-            )
-        if message["role"] not in ("system", "user", "assistant"):
-            raise ValueError(
-                f"Message {i} has the unknown role {message['role']!r}: it must be "
-                '"system", "user" or "assistant".'
-            )
-    if messages[-1]["role"] != "user":
-        raise ValueError(
-            f"The last message must be of the user, got {messages[-1]['role']!r}."
-        )
+    messages = _checked_messages(messages)
     templates = _templates(tokenizer.path)
     from mistral_common.exceptions import MistralCommonException
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
+    from pydantic import ValidationError
 
     if templates.version.value == "v1":
         for i, message in enumerate(messages):
-            if "[INST]" in message["content"] or "[/INST]" in message["content"]:
+            content = json.dumps(message.get("content"))
+            if "[INST]" in content or "[/INST]" in content:
                 raise ValueError(
                     f"Message {i} contains [INST] or [/INST]. To this tokenizer, of "
                     "version 1, these are the template's own marks: leave them out."
                 )
     try:
-        request = ChatCompletionRequest(messages=[dict(m) for m in messages])
+        request = ChatCompletionRequest(
+            messages=messages,
+            tools=[dict(tool) for tool in tools] or None,
+            reasoning_effort=reasoning_effort,
+        )
         return templates.encode_chat_completion(request).tokens
-    except (MistralCommonException, ValueError) as error:
-        raise ValueError(f"These messages cannot be encoded: {error}") from error
+    except (MistralCommonException, ValueError, TypeError, AssertionError) as error:
+        told = error
+        if isinstance(error, ValidationError):  # of each message's type, in many lines
+            first = error.errors()[0]
+            told = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise ValueError(f"These messages cannot be encoded: {told}") from error
+
+
+def _checked_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Iterable):
+        raise TypeError(
+            f"messages must be a list of messages, got {arguments.shown(messages)}."
+        )
+    checked = []
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping) or "role" not in message:
+            raise TypeError(
+                f'Message {i} must be {{"role": ..., "content": ...}}, got '
+                f"{arguments.shown(message)}."
+            )
+        if message["role"] not in ("system", "user", "assistant", "tool"):
+            raise ValueError(
+                f"Message {i} has the unknown role {message['role']!r}: it must be "
+                '"system", "user", "assistant" or "tool".'
+            )
+        for text in _texts_in(message.get("content")):
+            arguments.text(f"Message {i}", text)
+        checked.append(dict(message))
+    if not checked:
+        raise ValueError("The conversation is empty: give a message of the user's.")
+    last = checked[-1]
+    if last["role"] == "system" or (last["role"] == "assistant" and not last.get("prefix")):
+        raise ValueError(
+            f"The last message must be of the user, got {last['role']!r}. An answer that "
+            'is to be continued has "prefix": True.'
+        )
+    return checked
+
+
+def _texts_in(content: Any) -> Iterator[str]:
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, list):
+        chunks = (chunk for chunk in content if isinstance(chunk, Mapping))
+        texts = (value for chunk in chunks for value in chunk.values())
+        yield from (text for text in texts if isinstance(text, str))
 
 
 @functools.cache
@@ -88,6 +137,11 @@ def _templates(path: Path):
         raise ImportError(
             "Chat needs mistral-common: pip install 'mistral_eqx[chat]'."
         ) from error
+    if path.name == "tokenizer.json":
+        raise ValueError(
+            f"{path} has no template of Mistral's, and no other is implemented. Put the "
+            "model's tokenizer.model or tekken.json beside it."
+        )
     if path.suffix == ".json":
         return MistralTokenizer.from_file(path)
     # mistral-common goes by the file's name, but most are just called tokenizer.model.
@@ -109,6 +163,9 @@ def chat(
     *,
     max_tokens: int = 256,
     stop: str | Sequence[str] = (),
+    eos_ids: Sequence[int] | None = None,
+    tools: Sequence[Mapping[str, Any]] = (),
+    reasoning_effort: str | None = None,
     seed: int = 0,
     **sampling: Unpack[SamplingOptions],
 ) -> Completion:
@@ -116,19 +173,23 @@ def chat(
 
     **Arguments:**
 
-    - `messages`: see [`encode_chat`][mistral_eqx.encode_chat].
+    - `messages`, `tools`, `reasoning_effort`: see [`encode_chat`][mistral_eqx.encode_chat].
     - The others are those of [`generate`][mistral_eqx.generate].
 
     **Returns:**
 
-    The answer as a [`Completion`][]: `text` is what the assistant says.
+    The answer as a [`Completion`][]: `text` is what the assistant says, and what it thinks
+    or the tools that it calls stand apart, in `reasoning` and `tool_calls`.
 
     **Raises:**
 
     As `encode_chat` and `generate` do.
     """
-    writer = Writer(tokenizer, encode_chat(tokenizer, messages), stop=stop)
-    options = {"max_tokens": max_tokens, "seed": seed, "sampling": Sampling(**sampling)}
+    template = {"tools": tools, "reasoning_effort": reasoning_effort}
+    ids = encode_chat(tokenizer, messages, **template)
+    writer = Writer(tokenizer, ids, stop=stop)
+    options = {"max_tokens": max_tokens, "eos_ids": eos_ids, "seed": seed}
+    options["sampling"] = Sampling(**sampling)
     answer = write(model, tokenizer, [writer], **options)
     for _ in answer:
         pass
@@ -150,12 +211,14 @@ class Chat:
         system: str | None = None,
         max_tokens: int = 256,
         stop: str | Sequence[str] = (),
+        with_reasoning: bool = False,
         seed: int = 0,
         **sampling: Unpack[SamplingOptions],
     ):
         """**Arguments:**
 
         - `system`: what the model is told before the conversation.
+        - `with_reasoning`: see [`stream`][mistral_eqx.stream].
         - The others are those of [`chat`][mistral_eqx.chat].
 
         **Raises:**
@@ -163,8 +226,9 @@ class Chat:
         `ValueError` for an option outside its range.
         """
         self._model, self._tokenizer = model, tokenizer
-        self._system = system
-        self._max_tokens, self._stop, self._seed = max_tokens, stop, seed
+        self._system = None if system is None else arguments.text("system", system)
+        self._max_tokens = arguments.integer("max_tokens", max_tokens)
+        self._stop, self._seed, self._with_reasoning = stop, seed, with_reasoning
         self._sampling = Sampling(**sampling)
         self.reset()
 
@@ -178,11 +242,15 @@ class Chat:
     def stream(self, message: str) -> Iterator[str]:
         """Yields the answer to a message as it is written. A message whose answer was
         broken off stays in the conversation with what there is of the answer; one without
-        any answer does not. Raises as [`encode_chat`][mistral_eqx.encode_chat] does."""
+        any answer does not. Raises as [`encode_chat`][mistral_eqx.encode_chat] does, at the
+        call."""
+        message = arguments.text("message", message)
         messages = [*self.messages, {"role": "user", "content": message}]
         ids = encode_chat(self._tokenizer, messages)
         self._remember(ids, messages)
-        writer = Writer(self._tokenizer, ids, stop=self._stop)
+        writer = Writer(
+            self._tokenizer, ids, stop=self._stop, with_reasoning=self._with_reasoning
+        )
         pieces = write(
             self._model,
             self._tokenizer,
@@ -192,6 +260,11 @@ class Chat:
             sampling=self._sampling,
             seed=self._seed,
         )
+        return self._answered(messages, writer, pieces)
+
+    def _answered(
+        self, messages: list[Message], writer: Writer, pieces: Iterator[list[str]]
+    ) -> Iterator[str]:
         try:
             yield from (piece for (piece,) in pieces if piece)
         finally:

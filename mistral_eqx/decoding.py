@@ -26,15 +26,17 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float32, Int32, Key, PRNGKeyArray
 
+from . import arguments
 from .cache import Cache, chunk_sizes
 from .devices.sharding import replicate, shard_cache, shard_rows
 from .kernels.dtypes import cache_dtype
 from .prompts import (
     budgets_of,
-    check_alternatives,
     check_continuation,
-    check_prompts,
+    checked_alternatives,
     checked_chunk,
+    checked_eos_ids,
+    checked_prompts,
     next_power_of_two,
     padded_length,
 )
@@ -78,7 +80,8 @@ def prefill(
     `ValueError` for no prompts, an empty one, or an id that the vocabulary does not have;
     for a cache that has no room, or a row that ended before the others.
     """
-    check_prompts(prompts, model.config.vocab_size)
+    prompts = checked_prompts(prompts, model.config.vocab_size)
+    max_tokens = arguments.integer("max_tokens", max_tokens)
     chunk = checked_chunk(chunk, model.config.smallest_window)
     length = max(len(prompt) for prompt in prompts)
     if cache is None:
@@ -228,7 +231,8 @@ class DecodeState(eqx.Module):
         """
         batch, vocab_size = logits.shape
         budgets = np.asarray(budgets_of(max_tokens, batch), np.int32)
-        check_alternatives(alternatives, vocab_size)
+        alternatives = checked_alternatives(alternatives, vocab_size)
+        eos_ids = checked_eos_ids(eos_ids, vocab_size)
         prompts = [()] * batch if prompts is None else prompts
         seen = np.zeros((batch, vocab_size), bool)
         for row, prompt in zip(seen, prompts, strict=True):
@@ -243,7 +247,7 @@ class DecodeState(eqx.Module):
         shared = {
             # A copy, because the state is donated and the options are the caller's.
             "sampling": jax.tree.map(jnp.copy, sampling or Sampling()),
-            "eos_ids": jnp.asarray(list(eos_ids) or [-1], jnp.int32),
+            "eos_ids": jnp.asarray(eos_ids or [-1], jnp.int32),
         }
         rows, shared = shard_rows(rows, model), replicate(shared, model)
         return DecodeState(cache, logits, **rows, **shared, alternatives=alternatives)

@@ -9,18 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
+from . import arguments
 from .cache import Cache
-from .decoding import (
-    BLOCK,
-    REASONS,
-    Choice,
-    DecodeState,
-    decode,
-    prefill,
-)
+from .decoding import BLOCK, REASONS, Choice, DecodeState, decode, prefill
 from .devices.processes import to_host
 from .devices.sharding import fill_rows, shard_rows
-from .prompts import budgets_of, check_alternatives, check_prompts
+from .prompts import (
+    budgets_of,
+    checked_alternatives,
+    checked_chunk,
+    checked_eos_ids,
+    checked_prompts,
+)
 from .sampling import Sampling
 from .scoring import alternatives_of
 from .transformer import Transformer
@@ -81,13 +81,39 @@ def stream(
 
     **Raises:**
 
-    `ValueError` as `prefill` does, and for a number outside its range.
+    As `prefill` does, and for a number outside its range; at the call and not at the first
+    `next`.
     """
-    budgets = budgets_of(max_tokens, len(prompts))
-    if not 1 <= block <= BLOCK:
-        raise ValueError(f"block must be between 1 and {BLOCK}, got {block}.")
-    check_alternatives(alternatives, model.config.vocab_size)
-    check_prompts(prompts, model.config.vocab_size)
+    config = model.config
+    prompts = checked_prompts(prompts, config.vocab_size)
+    return _blocks(
+        model,
+        prompts,
+        budgets_of(max_tokens, len(prompts)),
+        prefix=prefix,
+        stopped=stopped,
+        chunk=checked_chunk(chunk, config.smallest_window),
+        block=arguments.integer("block", block, least=1, most=BLOCK),
+        sampling=sampling,
+        eos_ids=checked_eos_ids(eos_ids, config.vocab_size),
+        alternatives=checked_alternatives(alternatives, config.vocab_size),
+        key=key,
+    )
+
+
+def _blocks(
+    model: Transformer,
+    prompts: list[list[int]],
+    budgets: list[int],
+    *,
+    prefix: Cache | None,
+    stopped: Callable[[], Sequence[bool]] | None,
+    chunk: int,
+    block: int,
+    **options: Any,
+) -> Iterator[list[Continuation]]:
+    """The generator behind [`stream`][], which has checked the arguments: a generator would
+    check them at the first `next` only."""
     most, n_prompts = max(budgets), len(prompts)
     if prefix is None or prefix.padding.size == 1:
         # Rows that have ended before they begin fill up the devices.
@@ -101,10 +127,7 @@ def stream(
         logits,
         max_tokens=budgets + [0] * n_filled,
         prompts=prompts,
-        sampling=sampling,
-        eos_ids=eos_ids,
-        alternatives=alternatives,
-        key=key,
+        **options,
     )
     # The next block is under way before one is looked at, so that the device does not
     # wait for the host.
@@ -133,8 +156,9 @@ def generate(
 
     What was made in each row.
     """
+    blocks = stream(model, prompts, block=BLOCK, **options)
     rows = [Continuation() for _ in prompts]
-    for pieces in stream(model, prompts, block=BLOCK, **options):
+    for pieces in blocks:
         for row, piece in zip(rows, pieces):
             row.tokens += piece.tokens
             row.logprobs += piece.logprobs

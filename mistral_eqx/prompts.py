@@ -1,7 +1,11 @@
 """What is asked of the engine, checked, and laid out in the few shapes that it compiles."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+import numpy as np
+
+from . import arguments
 from .cache import Cache
 from .devices.processes import to_host
 
@@ -14,12 +18,11 @@ def default_chunk(window: int | None) -> int:
 
 
 def checked_chunk(chunk: int | None, window: int | None) -> int:
-    """The chunk that was asked for, or the default. Raises `ValueError` below 1."""
+    """The chunk that was asked for, or the default. Raises `TypeError` for what is no
+    number, `ValueError` below 1."""
     if chunk is None:
         return default_chunk(window)
-    if chunk < 1:
-        raise ValueError(f"chunk must be 1 or more, got {chunk}.")
-    return chunk
+    return arguments.integer("chunk", chunk, least=1, most=2**20)
 
 
 def padded_length(longest: int, chunk: int) -> int:
@@ -33,43 +36,64 @@ def next_power_of_two(n: int) -> int:
 
 
 def budgets_of(max_tokens: int | Sequence[int], n_prompts: int) -> list[int]:
-    """`max_tokens` for each row. Raises `ValueError` for a negative number, or for more or
-    fewer numbers than prompts."""
-    budgets = [max_tokens] * n_prompts if isinstance(max_tokens, int) else list(max_tokens)
-    if len(budgets) != n_prompts:
+    """`max_tokens` for each row. Raises `TypeError` for what is no number, `ValueError` for
+    a negative one, or for more or fewer numbers than prompts."""
+    if not isinstance(max_tokens, Sequence | np.ndarray) or isinstance(max_tokens, str):
+        return [arguments.integer("max_tokens", max_tokens)] * n_prompts
+    if len(max_tokens) != n_prompts:
         raise ValueError(
-            f"max_tokens has {len(budgets)} numbers for {n_prompts} prompts: give one for "
-            "each, or a single one for all."
+            f"max_tokens has {len(max_tokens)} numbers for {n_prompts} prompts: give one "
+            "for each, or a single one for all."
         )
-    if budgets and min(budgets) < 0:
-        raise ValueError(f"max_tokens must be 0 or more, got {min(budgets)}.")
-    return budgets
+    return [arguments.integer("max_tokens", budget) for budget in max_tokens]
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
-    """Raises `ValueError` for no prompts, an empty one, or an id outside."""
-    if len(prompts) == 0:
+def checked_prompts(prompts: Any, vocab_size: int) -> list[list[int]]:
+    """The prompts as lists. Raises `TypeError` for what holds no token ids, `ValueError`
+    for no prompts, an empty one, or an id outside."""
+    if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable):
+        raise TypeError(
+            f"prompts must hold token ids for each row, got {arguments.shown(prompts)}."
+        )
+    rows = [_checked_prompt(i, prompt, vocab_size) for i, prompt in enumerate(prompts)]
+    if not rows:
         raise ValueError("There is no prompt: give at least one.")
-    for i, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            raise ValueError(
-                f"Prompt {i} is empty. A model needs a token to follow: the BOS id, say."
-            )
-        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
-            wrong = next(token for token in prompt if not 0 <= token < vocab_size)
-            raise ValueError(
-                f"Prompt {i} has the token id {wrong}, but the model's vocabulary has "
-                f"{vocab_size} ids, from 0. Is the tokenizer of this model?"
-            )
+    return rows
 
 
-def check_alternatives(alternatives: int, vocab_size: int) -> None:
-    """Raises `ValueError` for fewer than none, or more than there are."""
-    if not 0 <= alternatives <= vocab_size:
+def _checked_prompt(i: int, prompt: Any, vocab_size: int) -> list[int]:
+    try:
+        ids = np.asarray(prompt)
+    except Exception:  # what NumPy makes nothing of
+        ids = np.asarray(None)
+    if ids.shape == (0,):
         raise ValueError(
-            f"alternatives must be between 0 and the {vocab_size} ids of the vocabulary, "
-            f"got {alternatives}."
+            f"Prompt {i} is empty. A model needs a token to follow: the BOS id, say."
         )
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise TypeError(
+            f"Prompt {i} must be a list of token ids, got {arguments.shown(prompt)}."
+        )
+    wrong = ids[(ids < 0) | (ids >= vocab_size)]
+    if wrong.size > 0:
+        raise ValueError(
+            f"Prompt {i} has the token id {wrong[0]}, but the model's vocabulary has "
+            f"{vocab_size} ids, from 0. Is the tokenizer of this model?"
+        )
+    return ids.tolist()
+
+
+def checked_alternatives(alternatives: int, vocab_size: int) -> int:
+    """Raises `ValueError` for fewer than none, or more than there are."""
+    return arguments.integer("alternatives", alternatives, most=vocab_size)
+
+
+def checked_eos_ids(eos_ids: Any, vocab_size: int) -> list[int]:
+    """The ids that end a row, as a list; -1 is none. Raises `TypeError` or `ValueError` for
+    others than the vocabulary's."""
+    if isinstance(eos_ids, str | bytes) or not isinstance(eos_ids, Iterable):
+        raise TypeError(f"eos_ids must be token ids, got {arguments.shown(eos_ids)}.")
+    return [arguments.integer("eos_ids", i, least=-1, most=vocab_size - 1) for i in eos_ids]
 
 
 def check_continuation(

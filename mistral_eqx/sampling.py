@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Bool, Float32, Int32, PRNGKeyArray, UInt32
 
+from . import arguments
+
 
 class SamplingOptions(TypedDict, total=False):
     """The options of [`Sampling`][], for functions that pass them on."""
@@ -61,13 +63,20 @@ class Sampling(eqx.Module):
 
         **Raises:**
 
-        `ValueError` for a number outside its range.
+        `TypeError` for what is no number, `ValueError` for one outside its range.
         """
+        number = arguments.number
+        temperature = number("temperature", temperature)
+        top_p, min_p = number("top_p", top_p), number("min_p", min_p)
+        repetition_penalty = number("repetition_penalty", repetition_penalty)
+        best = math.inf
+        if top_k is not None:
+            best = number("top_k", top_k, "a whole number, or None for all")
         if not 0 <= temperature < math.inf:
             raise ValueError(
                 f"temperature must be 0 (greedy) or more, got {temperature!r}."
             )
-        if top_k is not None and not (top_k == int(top_k) and top_k >= 1):
+        if top_k is not None and not (best >= 1 and best == best // 1):
             raise ValueError(f"top_k must be 1 or more, or None for all, got {top_k!r}.")
         if not 0 < top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {top_p!r}.")
@@ -80,7 +89,7 @@ class Sampling(eqx.Module):
             )
         self.repetition_penalty = jnp.float32(repetition_penalty)
         self.temperature = jnp.float32(temperature if temperature >= 1e-5 else 0.0)
-        self.top_k = jnp.float32(math.inf if top_k is None else top_k)
+        self.top_k = jnp.float32(best)
         self.top_p = jnp.float32(top_p)
         self.min_p = jnp.float32(min_p)
 

@@ -15,9 +15,9 @@ from .cache import Cache, chunk_sizes
 from .decoding import make_cache
 from .devices.processes import to_host
 from .prompts import (
-    check_alternatives,
-    check_prompts,
+    checked_alternatives,
     checked_chunk,
+    checked_prompts,
     next_power_of_two,
 )
 from .transformer import Transformer
@@ -68,8 +68,8 @@ def score(
 
     `ValueError` for fewer tokens, or an id that the vocabulary does not have.
     """
-    check_prompts([tokens], model.config.vocab_size)
-    check_alternatives(alternatives, model.config.vocab_size)
+    (tokens,) = checked_prompts([tokens], model.config.vocab_size)
+    alternatives = checked_alternatives(alternatives, model.config.vocab_size)
     if len(tokens) < 2:
         raise ValueError("A text of one token has nothing to score.")
     chunk = checked_chunk(chunk, model.config.smallest_window)

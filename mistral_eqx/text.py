@@ -1,62 +1,25 @@
 """Text in, text out: a model together with its tokenizer."""
 
-import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Unpack, overload
 
-import jax.random as jr
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from . import beams, generation, scoring
+from . import arguments, beams, scoring
 from .decoding import BLOCK
 from .files.checkpoint import load_model
 from .files.folders import read_config
-from .generation import Continuation
 from .sampling import Sampling, SamplingOptions
 from .scoring import Scored
-from .tokenizer import Detokenizer, Tokenizer, check_vocabulary, load_tokenizer
+from .tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from .transformer import Transformer
+from .writer import Completion, Writer, write
 
 
 TINY_MISTRAL = Path(__file__).parent / "tiny_mistral"
-
-
-@dataclasses.dataclass
-class Completion:
-    """How a prompt was continued. `str()` of it is the prompt and the text behind it.
-
-    **Attributes:**
-
-    - `prompt`: the text that was continued.
-    - `text`: what was written behind it, without a stop string.
-    - `tokens`: the ids that were made, those of a stop string included.
-    - `logprobs`: the log-probability of each, in nats, as the model has it: temperature,
-        penalty and filters do not change it.
-    - `alternatives`: the most probable ids at each place and their log-probabilities.
-    - `reason`: why it ended: "eos" if the model ended it, "length" at `max_tokens`,
-        "stop" at a stop string.
-    - `score`: of a beam: the sum of `logprobs`, that of the end-of-sequence id included,
-        over the length to the power of the length penalty.
-    """
-
-    prompt: str = ""
-    text: str = ""
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    logprobs: list[float] = dataclasses.field(default_factory=list)
-    alternatives: list[dict[int, float]] = dataclasses.field(default_factory=list)
-    reason: str | None = None
-    score: float | None = None
-
-    def __str__(self) -> str:
-        return self.prompt + self.text
-
-    @property
-    def perplexity(self) -> float:
-        """How many equally probable tokens would have been as hard to guess."""
-        return scoring.perplexity(self.logprobs)
 
 
 def load(
@@ -69,9 +32,9 @@ def load(
 
     **Arguments:**
 
-    - `folder`: in Mistral's own format or in Hugging Face's, with a `tokenizer.model` or
-        a `tekken.json`. Without it, the model that comes with this package, which has
-        read Shakespeare and the Bible.
+    - `folder`: in Mistral's own format or in Hugging Face's, with its tokenizer. Without
+        it, the model that comes with this package, which has read Shakespeare and the
+        Bible.
     - `dtype`, `mesh`: of the weights, and where they go; see
         [`load_model`][mistral_eqx.load_model].
 
@@ -80,7 +43,7 @@ def load(
     `FileNotFoundError` and `ValueError` as `load_model` does, also if the tokenizer has
     other ids than the model.
     """
-    folder = TINY_MISTRAL if folder is None else Path(folder)
+    folder = TINY_MISTRAL if folder is None else Path(arguments.path("folder", folder))
     # The tokenizer first: it is read in no time, and the weights may take minutes.
     config = read_config(folder)
     tokenizer = load_tokenizer(folder)
@@ -107,6 +70,7 @@ def generate(
     *,
     max_tokens: int | Sequence[int] = 64,
     stop: str | Sequence[str] = (),
+    eos_ids: Sequence[int] | None = None,
     alternatives: int = 0,
     chunk: int | None = None,
     seed: int = 0,
@@ -120,6 +84,7 @@ def generate(
     - `prompts`: one text or several. An empty one asks for a text from its beginning.
     - `max_tokens`: the most tokens to write behind each: one number, or one for each.
     - `stop`: strings that end a text where the first of them would stand.
+    - `eos_ids`: the tokens that end a text; by default those of the tokenizer.
     - `alternatives`: how many of the most probable tokens to tell at each place.
     - `chunk`: the most tokens of a prompt that go through the model at once.
     - `seed`: of the draws. The same seed gives a prompt the same text, alone or in any
@@ -133,9 +98,10 @@ def generate(
 
     **Raises:**
 
-    `ValueError` for an empty list of prompts, or an option outside its range.
+    `ValueError` for an empty list of prompts, or an option outside its range; `TypeError`
+    for an argument of another type.
     """
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    texts = arguments.texts("prompts", prompts)
     writers = [Writer(tokenizer, text, stop=stop) for text in texts]
     pieces = write(
         model,
@@ -143,6 +109,7 @@ def generate(
         writers,
         max_tokens=max_tokens,
         sampling=Sampling(**sampling),
+        eos_ids=eos_ids,
         alternatives=alternatives,
         chunk=chunk,
         # Tokens behind a stop string are made for nothing.
@@ -162,15 +129,29 @@ def stream(
     *,
     max_tokens: int = 64,
     stop: str | Sequence[str] = (),
+    eos_ids: Sequence[int] | None = None,
+    with_reasoning: bool = False,
     chunk: int | None = None,
     seed: int = 0,
     **sampling: Unpack[SamplingOptions],
 ) -> Iterator[str]:
     """Continues a text and yields what is written as soon as it is certain: whole
     characters, and nothing that a stop string may begin with. The pieces together are the
-    `text` that [`generate`][mistral_eqx.generate] returns, which see for the arguments."""
-    writer = Writer(tokenizer, prompt, stop=stop)
-    options = {"max_tokens": max_tokens, "chunk": chunk, "seed": seed}
+    `text` that [`generate`][mistral_eqx.generate] returns.
+
+    **Arguments:**
+
+    - `with_reasoning`: whether to yield the reasoning and the tool calls too, between
+        their marks, `[THINK]`, `[/THINK]` and `[TOOL_CALLS]`.
+    - The others are those of `generate`.
+
+    **Raises:**
+
+    As `generate` does, at the call.
+    """
+    prompt = arguments.text("prompt", prompt)
+    writer = Writer(tokenizer, prompt, stop=stop, with_reasoning=with_reasoning)
+    options = {"max_tokens": max_tokens, "eos_ids": eos_ids, "chunk": chunk, "seed": seed}
     options["sampling"] = Sampling(**sampling)
     pieces = write(model, tokenizer, [writer], **options)
     return (piece for (piece,) in pieces if piece)
@@ -195,6 +176,7 @@ def beam_search(
     *,
     n_beams: int,
     max_tokens: int = 64,
+    eos_ids: Sequence[int] | None = None,
     **options: Any,
 ) -> list[Completion] | list[list[Completion]]:
     """Searches for the most probable continuations of a text, or of several.
@@ -212,14 +194,14 @@ def beam_search(
 
     `ValueError` for an option outside its range.
     """
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    texts = arguments.texts("prompts", prompts)
     encoded = [tokenizer.encode(text) for text in texts]
     found = beams.beam_search(
         model,
         encoded,
         n_beams=n_beams,
         max_tokens=max_tokens,
-        eos_ids=[tokenizer.eos_id],
+        eos_ids=tokenizer.eos_ids if eos_ids is None else eos_ids,
         **options,
     )
     completions = []
@@ -256,97 +238,7 @@ def score(
 
     `ValueError` for an empty text.
     """
-    if not text:
+    if not arguments.text("text", text):
         raise ValueError("The text is empty: there is nothing to score.")
     ids = tokenizer.encode(text)
     return scoring.score(model, ids, alternatives=alternatives, chunk=chunk)
-
-
-class Writer:
-    """One row's text, as its tokens come: decoded, and ended at a stop string."""
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        prompt: str | Sequence[int],
-        *,
-        stop: str | Sequence[str] = (),
-    ):
-        """**Arguments:**
-
-        - `tokenizer`: of the tokens.
-        - `prompt`: the text that is continued; or ids, as those of a conversation, behind
-            which a text of its own begins.
-        - `stop`: strings that end the text.
-
-        **Raises:**
-
-        `ValueError` for an empty stop string.
-        """
-        self._stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        if "" in self._stop:
-            raise ValueError("A stop string is empty: every text would end at once.")
-        of_text = isinstance(prompt, str)
-        self.ids = tokenizer.encode(prompt) if of_text else list(prompt)
-        self.completion = Completion(prompt=prompt if of_text else tokenizer.decode(prompt))
-        self._detokenizer = Detokenizer(tokenizer, self.ids if of_text else ())
-        # What may be the beginning of a stop string.
-        self._held = ""
-
-    def add(self, made: Continuation | beams.Beam) -> str:
-        """The text that new tokens make certain. Nothing is added behind the end."""
-        completion, pieces = self.completion, []
-        for i, token in enumerate(made.tokens):
-            if completion.reason is not None:
-                break
-            completion.tokens.append(token)
-            completion.logprobs.append(made.logprobs[i])
-            completion.alternatives += made.alternatives[i : i + 1]
-            pieces.append(self._certain(self._detokenizer.add([token])))
-        if completion.reason is None and made.reason is not None:
-            pieces.append(self._certain(self._detokenizer.end()))
-            if completion.reason is None:
-                completion.reason = made.reason
-                pieces.append(self._held)
-        piece = "".join(pieces)
-        completion.text += piece
-        return piece
-
-    def _certain(self, text: str) -> str:
-        held = self._held + text
-        ends = [(held.find(s) + len(s), held.find(s)) for s in self._stop if s in held]
-        if ends:
-            # The one that is whole first, so that it does not matter how the text comes.
-            self.completion.reason = "stop"
-            return held[: min(ends)[1]]
-        longest = max(map(len, self._stop), default=1) - 1
-        beginnings = (
-            n
-            for n in range(min(longest, len(held)), 0, -1)
-            if any(stop.startswith(held[-n:]) for stop in self._stop)
-        )
-        certain = len(held) - next(beginnings, 0)
-        self._held = held[certain:]
-        return held[:certain]
-
-
-def write(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    writers: Sequence[Writer],
-    *,
-    seed: int,
-    **options: Any,
-) -> Iterator[list[str]]:
-    """Lets a model write for every writer, and yields the new text of each. The options are
-    those of [`mistral_eqx.generation.stream`][]."""
-    blocks = generation.stream(
-        model,
-        [writer.ids for writer in writers],
-        eos_ids=[tokenizer.eos_id],
-        stopped=lambda: [writer.completion.reason == "stop" for writer in writers],
-        key=jr.key(seed),
-        **options,
-    )
-    for made in blocks:
-        yield [writer.add(piece) for writer, piece in zip(writers, made)]

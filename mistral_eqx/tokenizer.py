@@ -1,102 +1,110 @@
-"""Text to token ids and back: Mistral's sentencepiece tokenizers, and its Tekken."""
+"""Text to token ids and back, by the library that each kind of tokenizer needs."""
 
+import operator
 import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
-import sentencepiece
+from . import arguments
+from .files.vocabulary import (
+    open_sentencepiece,
+    open_tekken,
+    open_tokenizer_json,
+    read_eos_ids,
+)
 
 
 # The newest first: a folder of v0.3 has its tokenizer under two names.
-_FILES = ("tokenizer.model", "tokenizer.model.v[0-9]*", "tekken.json")
+_FILES = (
+    "tokenizer.model",
+    "tokenizer.model.v[0-9]*",
+    "tekken.json",
+    "tokenizer.json",
+)
 # How many ids a Detokenizer decodes again: more than any character's bytes.
 _CONTEXT = 16
 
 
 class Tokenizer:
-    """A sentencepiece model or a Tekken. `encode` begins with the BOS id, as every Mistral
-    expects.
+    """The tokenizer of a model. `encode` begins with the BOS id, as every Mistral expects.
 
-    **Attributes:** `path`, `vocab_size`, `bos_id`, `eos_id`.
+    **Attributes:** `path`, `vocab_size`, `bos_id`, `eos_id`; `eos_ids`, all ids that end a
+    text; `is_padded`, whether the model may have more ids.
     """
 
     def __init__(self, path: str | os.PathLike):
         """**Arguments:**
 
-        - `path`: of a `tokenizer.model` or, with mistral-common installed, of a
-            `tekken.json`.
+        - `path`: of a sentencepiece model (`tokenizer.model`), of a Tekken (`tekken.json`,
+            which needs mistral-common), or of a `tokenizer.json` (which needs tokenizers).
 
         **Raises:**
 
         `FileNotFoundError` without a file there, `ValueError` if it cannot be read,
-        `ImportError` for a Tekken without mistral-common.
+        `ImportError` without the library that it needs.
         """
-        self.path = Path(path)
+        self.path = Path(arguments.path("path", path))
         if not self.path.is_file():
             raise FileNotFoundError(f"There is no tokenizer at {self.path}.")
+        opener = open_sentencepiece
         if self.path.suffix == ".json":
-            self._model = _open_tekken(self.path)
-            self.vocab_size: int = self._model.n_words
-            self.bos_id: int = self._model.bos_id
-            self.eos_id: int = self._model.eos_id
-        else:
-            self._model = _open_sentencepiece(self.path)
-            self.vocab_size = self._model.vocab_size()
-            self.bos_id = self._model.bos_id()
-            self.eos_id = self._model.eos_id()
+            is_tekken = "tekken" in self.path.name
+            opener = open_tekken if is_tekken else open_tokenizer_json
+        self._vocabulary = opener(self.path)
+        self.vocab_size: int = self._vocabulary.size
+        self.bos_id: int = self._vocabulary.bos_id
+        self.eos_id: int = self._vocabulary.eos_id
+        self.is_padded: bool = self._vocabulary.is_padded
+        self.eos_ids: tuple[int, ...] = (self.eos_id,)
 
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
-        """The ids of `text`, after the BOS id if `bos`."""
-        if isinstance(self._model, sentencepiece.SentencePieceProcessor):
-            ids = self._model.encode(text)
-        else:
-            ids = self._model.encode(text, bos=False, eos=False)
+        """The ids of `text`, after the BOS id if `bos`. The name of a control id in it is
+        text like any other. Raises `TypeError` or `ValueError` for what is no text."""
+        ids = self._vocabulary.encode(arguments.text("text", text))
         return [self.bos_id, *ids] if bos else ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`. Control ids (BOS, EOS) have none."""
-        return self._model.decode(list(ids))
+        """The text of `ids`. Control ids (BOS, EOS) have none.
 
+        **Raises:**
 
-def _open_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
-    try:
-        return sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError) as error:
-        raise ValueError(
-            f"{path} is not a sentencepiece model, or not all of it: {error}"
-        ) from error
+        `TypeError` for what are no ids, `ValueError` for one that is not in the vocabulary.
+        """
+        ids = list(ids)
+        try:
+            return self._vocabulary.decode([operator.index(token) for token in ids])
+        except Exception as error:  # each library has its own for a wrong id
+            for token in ids:
+                arguments.integer("a token id", token, most=self.vocab_size - 1)
+            raise ValueError(f"These ids cannot be decoded: {error}") from error
 
-
-def _open_tekken(path: Path) -> "mistral_common.tokens.tokenizers.tekken.Tekkenizer":
-    try:
-        from mistral_common.tokens.tokenizers.tekken import Tekkenizer
-    except ImportError as error:
-        raise ImportError(
-            f'{path} can only be read with mistral-common: pip install "mistral_eqx[chat]".'
-        ) from error
-    try:
-        return Tekkenizer.from_file(path)
-    except Exception as error:  # mistral-common documents none, and asserts some
-        raise ValueError(f"{path} is not a Tekken, or not all of it: {error!r}") from error
+    def control_id(self, name: str) -> int | None:
+        """The id of a control token, as of "[THINK]"; `None` if there is none."""
+        return self._vocabulary.control_id(name)
 
 
 def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
     """Opens the tokenizer in a model's folder: `tokenizer.model`, the newest of
-    `tokenizer.model.v1`, `.v2`, ..., or `tekken.json`.
+    `tokenizer.model.v1`, `.v2`, ..., `tekken.json`, or `tokenizer.json`. Which ids end a
+    text is said by `generation_config.json`, if there is one.
 
     **Raises:**
 
     `FileNotFoundError` if there is none of them, and as [`Tokenizer`][] does.
     """
-    folder = Path(folder)
+    folder = Path(arguments.path("folder", folder))
     for pattern in _FILES:
         if files := sorted(folder.glob(pattern), key=_version):
-            return Tokenizer(files[-1])
-    raise FileNotFoundError(
-        f"There is no tokenizer in {folder}: no tokenizer.model and no tekken.json. "
-        "They come with the weights: download the whole folder."
-    )
+            tokenizer = Tokenizer(files[-1])
+            break
+    else:
+        raise FileNotFoundError(
+            f"There is no tokenizer in {folder}: no tokenizer.model, no tekken.json and no "
+            "tokenizer.json. They come with the weights: download the whole folder."
+        )
+    tokenizer.eos_ids = read_eos_ids(folder) or tokenizer.eos_ids
+    return tokenizer
 
 
 def _version(path: Path) -> tuple[int, str]:
@@ -158,7 +166,8 @@ class Detokenizer:
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Raises `ValueError` if a tokenizer is not of a model with so many ids: another
     one's ids would be read as other words, without an error."""
-    if tokenizer.vocab_size != vocab_size:
+    fits = tokenizer.vocab_size == vocab_size
+    if not fits and not (tokenizer.is_padded and tokenizer.vocab_size < vocab_size):
         raise ValueError(
             f"The tokenizer has {tokenizer.vocab_size} ids, but the model has "
             f"{vocab_size}: they are not of the same model. (Mistral's v1 tokenizer has "

@@ -13,8 +13,9 @@ FLOORS = {
     "config": 0,
     "kernels.replaced": 0,
     "kernels.dtypes": 0,
+    "arguments": 0,
     "layers": 2,
-    "sampling": 0,
+    "sampling": 1,
     "files.weights": 0,
     "devices.processes": 0,
     "rope": 1,
@@ -23,6 +24,7 @@ FLOORS = {
     "files.huggingface": 1,
     "files.config_json": 1,
     "files.folders": 2,
+    "files.vocabulary": 3,
     "learning.tokenizers": 0,
     "files.params": 1,
     "files.released": 1,
@@ -44,16 +46,17 @@ FLOORS = {
     "tokenizer": 8,
     "beams": 8,
     "files.inspection": 9,
-    "text": 10,
-    "chat": 11,
+    "writer": 10,
+    "text": 11,
+    "chat": 12,
     "apps.terminal": 0,
     "apps.measure": 9,
-    "apps.options": 12,
-    "apps.main": 14,
-    "__main__": 15,
+    "apps.options": 13,
+    "apps.main": 15,
+    "__main__": 16,
 }
 COMMANDS = "demo interactive generate chat score evaluate convert inspect plan bench train"
-FLOORS |= {f"apps.{name}": 13 for name in [*COMMANDS.split(), "train_tokenizer"]}
+FLOORS |= {f"apps.{name}": 14 for name in [*COMMANDS.split(), "train_tokenizer"]}
 WINGS = ("kernels", "devices", "files", "learning", "apps")
 FILES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path

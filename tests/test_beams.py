@@ -154,7 +154,7 @@ def test_one_trace_for_all_numbers():
     "options, message",
     [
         ({"n_beams": 0}, "n_beams"),
-        ({"n_beams": 65}, "vocabulary"),
+        ({"n_beams": 65}, "n_beams must be at most 64, got 65"),
         ({"n_best": 3}, "n_best"),
         ({"n_best": 0}, "n_best"),
         ({"max_tokens": 0}, "max_tokens"),

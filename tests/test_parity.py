@@ -1,8 +1,8 @@
 """The package and the one-file port against transformers, which is the authority.
 
 The package is compared as users run it, and once more with all kernels switched off, so
-that the plain text of the model can be trusted. In float32 the logits agree to 1e-4 at every position and greedy decoding to the token.
-The one-file port keeps the reference's prefill, whose queries see one key more than the
+that the plain text of the model can be trusted. In float32 the logits agree to 1e-4 at
+every position and greedy decoding to the token. The one-file port keeps the reference's prefill, whose queries see one key more than the
 window: it is compared where a prefill is no longer than the window.
 """
 

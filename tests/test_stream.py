@@ -11,8 +11,9 @@ from models import random_model
 
 import mistral_eqx as mx
 from mistral_eqx.generation import Continuation
-from mistral_eqx.text import TINY_MISTRAL, Writer
+from mistral_eqx.text import TINY_MISTRAL
 from mistral_eqx.tokenizer import Detokenizer, Tokenizer
+from mistral_eqx.writer import Writer
 
 
 DATA = Path(mistral_common.__file__).parent / "data"

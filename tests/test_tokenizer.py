@@ -157,7 +157,7 @@ def test_the_newest_is_taken(tmp_path):
 
 
 def test_no_tokenizer(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no tokenizer.model and no tekken.json"):
+    with pytest.raises(FileNotFoundError, match="no tokenizer.model, no tekken.json and"):
         load_tokenizer(tmp_path)
 
 

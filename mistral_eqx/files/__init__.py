@@ -10,6 +10,7 @@ model goes out as a folder that other programs read.
 | `config_json.py` | the config of a model as Hugging Face's `config.json` has it |
 | `huggingface.py` | Hugging Face's names of weights, and its order of rows |
 | `folders.py` | which files of a folder hold a model |
+| `vocabulary.py` | the files of tokenizers |
 | `checkpoint.py` | a folder: opened, checked, loaded |
 | `export.py` | a folder: written, or converted to the other format |
 | `released.py` | the shapes of released models, by name |

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .. import arguments
+from ..arguments import printable
 from ..config import ModelConfig
 from .config_json import config_from_json
 from .params import config_from_params
@@ -43,14 +45,12 @@ def read_config(folder: str | os.PathLike) -> ModelConfig:
 def read_config_as(folder: Path, format: str) -> ModelConfig:
     path = folder / CONFIGS[format]
     try:
-        content = _read_json(path)
-        if format == HUGGINGFACE or (
-            isinstance(content, dict) and "hidden_size" in content
-        ):
-            return config_from_json(content)
-        return config_from_params(content)
+        content = read_json_object(path)
+        # The first Mixtral's params.json has the names of a config.json.
+        of_huggingface = format == HUGGINGFACE or "hidden_size" in content
+        return (config_from_json if of_huggingface else config_from_params)(content)
     except ValueError as error:
-        raise ValueError(f"{path} cannot be used: {error}") from error
+        raise ValueError(printable(f"{path} cannot be used: {error}")) from error
 
 
 def format_of(folder: Path) -> str:
@@ -116,8 +116,7 @@ def weight_files(
 
 def _read_index(path: Path) -> tuple[tuple[Path, ...], Mapping[str, str]]:
     try:
-        index = _read_json(path)
-        places = index.get("weight_map") if isinstance(index, dict) else None
+        places = read_json_object(path).get("weight_map")
         if not isinstance(places, dict) or not places:
             raise ValueError("it has no weight_map.")
         for file in places.values():
@@ -136,8 +135,12 @@ def _read_index(path: Path) -> tuple[tuple[Path, ...], Mapping[str, str]]:
     return tuple(path.parent / file for file in files), places
 
 
-def _read_json(path: Path) -> Any:
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises `ValueError` for anything else."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except RecursionError as error:  # what else json raises is a ValueError
         raise ValueError("it is nested too deeply.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"it must hold an object, got {arguments.shown(content)}.")
+    return content
