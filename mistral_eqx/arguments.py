@@ -1,6 +1,10 @@
-"""Arguments of public functions, checked at the call. The error names the argument, what
-came, and what may come."""
+"""Arguments of public functions, checked at the call, and what people are told.
 
+An error names the argument, what came, and what may come.
+"""
+
+import functools
+import logging
 import operator
 import os
 from collections.abc import Iterable
@@ -99,3 +103,9 @@ def printable(text: str) -> str:
     escaped = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     words = (w if len(w) <= 200 else f"{w[:100]}...{w[-50:]}" for w in escaped.split(" "))
     return " ".join(words)
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    """Tells in a line on standard error what a user may want to know."""
+    logging.getLogger("mistral_eqx").warning(printable(message))

@@ -1,6 +1,7 @@
 """The shape of a model, with the names of Mistral's `params.json`."""
 
 import dataclasses
+import math
 from typing import Any
 
 
@@ -18,6 +19,7 @@ class Yarn:
         the two, by something between.
     - `apply_scale`: whether the angles' cosine and sine are also scaled, by
         `0.1 * log(factor) + 1`.
+    - `attention_factor`: scales them by this instead.
     """
 
     factor: float
@@ -25,6 +27,7 @@ class Yarn:
     beta: float
     alpha: float
     apply_scale: bool
+    attention_factor: float | None = None
 
     def __post_init__(self):
         _check_integer("yarn.original_max_position_embeddings", self)
@@ -39,6 +42,15 @@ class Yarn:
             raise ValueError(
                 f"yarn.apply_scale must be true or false, got {self.apply_scale!r}."
             )
+        if self.attention_factor is not None:
+            _check_number("yarn.attention_factor", self)
+
+    @property
+    def scale(self) -> float:
+        """What the angles' cosine and sine are multiplied by."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        return 0.1 * math.log(self.factor) + 1 if self.apply_scale else 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +83,7 @@ class MoEConfig:
     def __post_init__(self):
         for name in ("num_experts", "num_experts_per_tok"):
             _check_integer(f"moe.{name}", self)
+        _check_count("moe.num_experts", self)
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"moe.num_experts_per_tok ({self.num_experts_per_tok}) must not be more "
@@ -132,6 +145,8 @@ class ModelConfig:
             object.__setattr__(self, "rope_theta", theta)
         for name in _POSITIVE_INTEGERS:
             _check_integer(name, self)
+        # Layers and experts are counted one by one, long before any weight is read.
+        _check_count("n_layers", self)
         if self.max_position_embeddings is not None:
             _check_integer("max_position_embeddings", self)
         for name in ("norm_eps", "rope_theta"):
@@ -157,11 +172,6 @@ class ModelConfig:
             raise ValueError(
                 "sliding_window must be a positive integer, null, or a list of these, got "
                 f"{self.sliding_window!r}."
-            )
-        if self.moe is not None and period != (None,):
-            raise ValueError(
-                "sliding_window must be null where there is moe, got "
-                f"{self.sliding_window!r}: no Mixtral was trained with a window."
             )
         if self.n_layers % len(period) != 0:
             raise ValueError(
@@ -196,6 +206,10 @@ _POSITIVE_INTEGERS = (
 )
 
 
+# The most layers, and the most experts: several times what any model has.
+_MOST = 1024
+
+
 def _is_positive_integer(value: Any) -> bool:
     # `True` is an `int` in Python, and JSON has `true`.
     return type(value) is int and 0 < value < 2**31
@@ -205,6 +219,12 @@ def _check_integer(name: str, owner: Any) -> None:
     value = getattr(owner, name.split(".")[-1])
     if not _is_positive_integer(value):
         raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+
+
+def _check_count(name: str, owner: Any) -> None:
+    value = getattr(owner, name.split(".")[-1])
+    if value > _MOST:
+        raise ValueError(f"{name} must be at most {_MOST}, got {value}.")
 
 
 def _check_number(name: str, owner: Any) -> None:

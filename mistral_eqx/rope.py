@@ -67,9 +67,8 @@ def rotation(
     if yarn is not None:
         frequencies = _stretched(frequencies, head_dim, theta, yarn)
     cos, sin = turn(positions, jnp.asarray(frequencies))
-    if yarn is not None and yarn.apply_scale:
-        scale = 0.1 * math.log(yarn.factor) + 1
-        cos, sin = scale * cos, scale * sin
+    if yarn is not None and yarn.scale != 1:
+        cos, sin = yarn.scale * cos, yarn.scale * sin
     return cos, sin
 
 

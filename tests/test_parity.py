@@ -2,8 +2,9 @@
 
 The package is compared as users run it, and once more with all kernels switched off, so
 that the plain text of the model can be trusted. In float32 the logits agree to 1e-4 at
-every position and greedy decoding to the token. The one-file port keeps the reference's prefill, whose queries see one key more than the
-window: it is compared where a prefill is no longer than the window.
+every position and greedy decoding to the token. The one-file port keeps the reference's
+prefill, whose queries see one key more than the window: it is compared where a prefill is
+no longer than the window.
 """
 
 import contextlib

@@ -15,6 +15,11 @@ EXAMPLE = 'chat --model mistral-7B-Instruct-v0.3 --system "Answer briefly."'
 def add_options(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     adder(parser)("--system", metavar="TEXT", help="what to tell the model first")
+    parser.add_argument(
+        "--show-reasoning",
+        action="store_true",
+        help="show what a model that reasons thinks, and the tools that it calls",
+    )
     add_sampling(parser, max_tokens=256)
     add_devices(parser)
 
@@ -23,6 +28,7 @@ def run(options: argparse.Namespace) -> None:
     sampling = sampling_of(options)
     system = None if options.system is None else text(options.system)
     model, tokenizer = load_both(options)
+    sampling["with_reasoning"] = options.show_reasoning
     talk = Chat(model, tokenizer, system=system, **sampling)
     if sys.stdin.isatty():
         print("/reset forgets the conversation, Ctrl-C ends an answer, Ctrl-D the chat.")

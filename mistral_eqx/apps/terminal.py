@@ -9,29 +9,36 @@ from pathlib import Path
 
 import jax
 
+from ..arguments import printable
+
 
 RULE = "====================="
 
 
 def complain(error: Exception | str) -> None:
     """Tells an error in one line: libraries tell theirs in several."""
-    print("mistral_eqx:", " ".join(str(error).split()), file=sys.stderr)
+    print("mistral_eqx:", printable(" ".join(str(error).split())), file=sys.stderr)
 
 
 def read_text(path: str | os.PathLike) -> str:
     """The text of a file, which may be compressed with xz, or of standard input if `path`
-    is "-". Raises `ValueError` if it is not text, or damaged."""
+    is "-". Lines end as everywhere but on Windows, and a byte order mark is no part of the
+    text. Raises `ValueError` if it is not text, or damaged."""
     if path == "-":
         if jax.process_count() > 1:
             raise ValueError("Several processes cannot share a pipe: give a file.")
-        return _decode(sys.stdin.buffer.read())
+        return _plain(_decode(sys.stdin.buffer.read()))
     path = Path(path)
     open_text = lzma.open if path.suffix == ".xz" else open
     try:
         with open_text(path, "rt", encoding="utf-8", newline="") as file:
-            return file.read()
+            return _plain(file.read())
     except (UnicodeDecodeError, lzma.LZMAError, EOFError) as error:
         raise ValueError(f"{path} cannot be read as UTF-8 text: {error}") from error
+
+
+def _plain(text: str) -> str:
+    return text.removeprefix("\ufeff").replace("\r\n", "\n")
 
 
 def _decode(line: bytes) -> str:
@@ -53,7 +60,9 @@ def text(argument: str) -> str:
 def ask(question: str) -> Iterator[str]:
     """Lines that are typed, up to Ctrl-D, or piped. Ctrl-C takes back a line."""
     if not sys.stdin.isatty():
-        yield from (_decode(line).removesuffix("\n") for line in sys.stdin.buffer)
+        for i, line in enumerate(sys.stdin.buffer):
+            line = _decode(line).removesuffix("\n").removesuffix("\r")
+            yield line.removeprefix("\ufeff") if i == 0 else line
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  makes the line editable

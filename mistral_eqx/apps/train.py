@@ -1,16 +1,20 @@
 """Trains a model."""
 
 import argparse
+import contextlib
 import shutil
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from ..config import ModelConfig
 from ..devices.processes import wait_for_all
 from ..devices.sharding import shard
 from ..files import export
+from ..files.atomic import locked
 from ..files.folders import read_config
 from ..learning.tokenizers import train_tokenizer
 from ..text import TINY_MISTRAL
@@ -57,8 +61,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from ..learning.training import fit
-
     out = Path(options.out)
     if out.exists():
         raise FileExistsError(f"{out} is there already. Move it, or train elsewhere.")
@@ -69,9 +71,23 @@ def run(options: argparse.Namespace) -> None:
         check_vocabulary(Tokenizer(options.tokenizer), config.vocab_size)
     # Beside the target until the model is done: its checkpoint lets a run go on.
     work = out.with_name(out.name + ".training")
-    work.mkdir(parents=True, exist_ok=True)
-    tokenizer_path, checkpoint = work / "tokenizer.model", work / "checkpoint.eqx"
     # Of several processes one writes, and all read.
+    writes = jax.process_index() == 0
+    with locked(work) if writes else contextlib.nullcontext():
+        _train(options, config, mesh, texts, out, work)
+
+
+def _train(
+    options: argparse.Namespace,
+    config: ModelConfig,
+    mesh: Mesh | None,
+    texts: list[tuple[str, str]],
+    out: Path,
+    work: Path,
+) -> None:
+    from ..learning.training import fit
+
+    tokenizer_path, checkpoint = work / "tokenizer.model", work / "checkpoint.eqx"
     writes = jax.process_index() == 0
     if writes and options.tokenizer is not None:
         shutil.copyfile(options.tokenizer, tokenizer_path)

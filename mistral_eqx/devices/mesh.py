@@ -133,7 +133,8 @@ def _check_sizes(sizes: Mapping[str, int], config: ModelConfig) -> None:
         if (wrong := _indivisible(axis, size, config)) is None:
             continue
         name, n = wrong
-        would = [i for i in range(1, n + 1) if _indivisible(axis, i, config) is None]
+        sizes_to_try = range(1, min(n, 4096) + 1)
+        would = [i for i in sizes_to_try if _indivisible(axis, i, config) is None]
         if n == 0:
             raise ValueError(f"The mesh has an axis {axis}={size}, but no {name}.")
         raise ValueError(

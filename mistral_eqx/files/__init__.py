@@ -5,6 +5,7 @@ model goes out as a folder that other programs read.
 
 | module | what it is |
 |---|---|
+| `atomic.py` | folders that are whole or not there, with one writer at a time |
 | `weights.py` | tensors in files of any format, read a slice at a time |
 | `params.py` | the config of a model as Mistral's `params.json` has it |
 | `config_json.py` | the config of a model as Hugging Face's `config.json` has it |

@@ -23,15 +23,23 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 from tqdm import tqdm
 
+from ..arguments import printable, say_once
 from ..config import ModelConfig
 from ..devices.sharding import shardings as shardings_on
 from ..devices.stages import in_stages
 from ..kernels import dtypes
 from ..transformer import Transformer
-from .folders import CONFIGS, HUGGINGFACE, format_of, read_config_as, weight_files
+from .folders import (
+    CONFIGS,
+    HUGGINGFACE,
+    format_of,
+    read_config_as,
+    weight_files,
+)
 from .huggingface import from_huggingface, huggingface_name, unstack_experts
 from .weights import (
     DTYPES,
+    READABLE,
     Index,
     StackedTensors,
     StoredTensor,
@@ -67,21 +75,25 @@ class Checkpoint:
 
         `ValueError` that names the file, the key and what to do.
         """
-        config_file = CONFIGS[self.format]
-        inside = {int(m[1]) for m in map(_LAYER.match, self.tensors) if m is not None}
-        if len(inside) != self.config.n_layers:
-            raise ValueError(
-                f"{self.folder} does not fit its {config_file}: that makes "
-                f"{self.config.n_layers} layers, and the files hold {len(inside)}. Are "
-                "they of the same model, and all there?"
-            )
+        config_file, config = CONFIGS[self.format], self.config
+        counts = {"layers": (config.n_layers, _LAYER)}
+        if config.moe is not None:
+            counts["experts"] = (config.moe.num_experts, _EXPERT)
+        for what, (number, pattern) in counts.items():
+            inside = {m[1] for m in map(pattern.search, self.tensors) if m is not None}
+            if len(inside) != number:
+                raise ValueError(
+                    f"{self.folder} does not fit its {config_file}: that makes {number} "
+                    f"{what}, and the files hold {len(inside)}. Are they of the same "
+                    "model, and all there?"
+                )
         shapes = weight_shapes(self.config)
         missing = [name for name in shapes if name not in self.tensors]
         extra = [name for name in self.tensors if name not in shapes]
         if missing or extra:
             in_file = huggingface_name if self.format == HUGGINGFACE else str
             told = [
-                f"{what} {', '.join(map(in_file, names[:5]))}"
+                f"{what} {printable(', '.join(map(in_file, names[:5])))}"
                 + (" and more" if len(names) > 5 else "")
                 for what, names in (("lacks", missing), ("has the unknown", extra))
                 if names
@@ -98,21 +110,26 @@ class Checkpoint:
                     f"{tensor.file}: {tensor.name} has shape {tensor.shape}, but "
                     f"{config_file} makes it {shape}. Are they of the same model?"
                 )
-            if tensor.dtype not in DTYPES:
+            if tensor.dtype not in READABLE:
                 raise ValueError(
                     f"{tensor.file}: {tensor.name} holds numbers of type {tensor.dtype}. "
-                    f"Only {', '.join(DTYPES)} can be read: get the weights without "
+                    f"Only {', '.join(READABLE)} can be read: get the weights without "
                     "quantization."
                 )
+        if any(tensor.dtype == "F64" for tensor in self.tensors.values()):
+            say_once(f"{self.folder} holds float64 numbers, which become float32.")
 
     @property
     def dtype(self) -> np.dtype:
         """The type that holds all of the numbers as they are."""
-        dtypes = {tensor.dtype for tensor in self.tensors.values()}
-        return DTYPES[dtypes.pop()] if len(dtypes) == 1 else DTYPES["F32"]
+        dtypes = {tensor.kept_dtype for tensor in self.tensors.values()}
+        return dtypes.pop() if len(dtypes) == 1 else DTYPES["F32"]
 
 
-_LAYER = re.compile(r"layers\.(\d+)\.")
+_LAYER = re.compile(r"^layers\.(\d+)\.")
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+# The names of the head, which a model with tied embeddings may or may not store.
+_HEADS = {"lm_head.weight", "output.weight"}
 _STAGED = re.compile(r"layers\.blocks\.(\d+)\.(.*)")
 
 
@@ -178,21 +195,27 @@ def open_checkpoint(folder: str | os.PathLike) -> Checkpoint:
                 "across files by their rows or columns cannot be read."
             )
         tensors |= opened
-    if names is not None and names.keys() != tensors.keys():
-        wrong = sorted(names.keys() ^ tensors.keys())[0]
+    wrong = [] if names is None else sorted(names.keys() ^ tensors.keys())
+    if config.tied_embeddings:
+        wrong = [name for name in wrong if name not in _HEADS]
+    if wrong:
+        wrong = wrong[0]
         told = (
             f"names {wrong}, which {names[wrong]} does not hold"
             if wrong in names
             else f"does not name {wrong}, which {tensors[wrong].file.name} holds"
         )
-        raise ValueError(f"The index of {folder} {told}. Download the folder again.")
+        told = printable(f"The index of {folder} {told}.")
+        raise ValueError(f"{told} Download the folder again.")
     if format == HUGGINGFACE:
-        tensors = from_huggingface(tensors, config.head_dim)
+        tensors = from_huggingface(tensors, config)
     elif config.moe is not None:
         tensors = unstack_experts(tensors, config.moe.num_experts)
     if config.tied_embeddings:
-        # Some files keep the embeddings twice. There is one array.
-        tensors.pop("output.weight", None)
+        # Some files keep the embeddings twice, or as the head. There is one array.
+        head = tensors.pop("output.weight", None)
+        if head is not None:
+            tensors.setdefault("tok_embeddings.weight", head)
     return Checkpoint(folder, format, config, files, tensors)
 
 

@@ -5,7 +5,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from ..arguments import say_once
 from ..config import Llama4Scaling, ModelConfig, MoEConfig, Yarn
+from .params import plain_numbers
 
 
 _KEYS = {
@@ -29,15 +31,15 @@ _CLASSES = {
     "ministral3": ("Ministral3ForCausalLM", None, None),
     "mixtral": ("MixtralForCausalLM", None, 1e6),
 }
-# What changes the numbers, and the value that leaves them as they are here.
+# What changes the numbers, and the values that leave them as they are here.
 _NOT_IMPLEMENTED = {
-    "quantization_config": None,
-    "vision_config": None,
-    "text_config": None,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "hidden_act": "silu",
-    "partial_rotary_factor": 1,
+    "quantization_config": ({},),
+    "vision_config": ({},),
+    "text_config": ({},),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "hidden_act": ("silu", "swish"),
+    "partial_rotary_factor": (1,),
 }
 
 
@@ -50,6 +52,7 @@ def config_from_json(values: Mapping[str, Any]) -> ModelConfig:
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"config.json must hold an object, got {values!r}.")
+    values = plain_numbers(values)
     # The params.json of the first Mixtral is like a config.json, without a type.
     is_mixtral = "num_local_experts" in values
     model_type = values.get("model_type", "mixtral" if is_mixtral else None)
@@ -58,8 +61,8 @@ def config_from_json(values: Mapping[str, Any]) -> ModelConfig:
             f"config.json has model_type {model_type!r}. Only text models of the types "
             f"{', '.join(_CLASSES)} are implemented, and none that sees or hears."
         )
-    for key, only in _NOT_IMPLEMENTED.items():
-        if values.get(key) not in (None, only):
+    for key, harmless in _NOT_IMPLEMENTED.items():
+        if values.get(key) not in (None, *harmless):
             raise ValueError(
                 f"config.json has {key} ({values[key]!r}), which this model does not "
                 "implement: running without it would give wrong text."
@@ -103,37 +106,50 @@ def _rope_from_json(values: Mapping[str, Any], model_type: str) -> dict[str, Any
             "'yarn' are implemented."
         )
     params = {"rope_theta": theta}
-    context = rope.get("original_max_position_embeddings")
+    context = _given(rope, "original_max_position_embeddings")
+    context = values.get("max_position_embeddings") if context is None else context
     if kind == "yarn":
+        if rope.get("truncate", True) is not True:
+            raise ValueError(
+                f"config.json has a yarn with truncate {rope['truncate']!r}, which this "
+                "model does not implement."
+            )
         yarn = Yarn(
             factor=rope.get("factor"),
             original_max_position_embeddings=context,
-            beta=rope.get("beta_fast", 32),
-            alpha=rope.get("beta_slow", 1),
-            apply_scale=False,
+            beta=_given(rope, "beta_fast", 32),
+            alpha=_given(rope, "beta_slow", 1),
+            apply_scale=True,
         )
-        scaled = _apply_scale(rope, yarn.factor)
-        params["yarn"] = dataclasses.replace(yarn, apply_scale=scaled)
+        params["yarn"] = _scaled(yarn, rope)
     if model_type == "ministral3" and rope.get("llama_4_scaling_beta"):
         params["llama_4_scaling"] = Llama4Scaling(context, rope["llama_4_scaling_beta"])
     return params
 
 
-def _apply_scale(rope: Mapping[str, Any], factor: float) -> bool:
-    """Whether transformers would scale the angles' cosine and sine."""
-    full = 0.1 * math.log(factor) + 1
-    mscale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
-    scale = rope.get("attention_factor")
-    if scale is None and mscale and all_dim:
-        scale = 1.0 if mscale == all_dim else None
-    elif scale is None:
-        scale = full
-    if rope.get("truncate", True) is not True or scale not in (1.0, full):
-        raise ValueError(
-            "config.json has a yarn whose attention_factor, mscale, mscale_all_dim or "
-            "truncate this model does not implement."
-        )
-    return scale == full != 1.0
+def _given(values: Mapping[str, Any], key: str, default: Any = None) -> Any:
+    """The value of a key; the default also where it is null."""
+    value = values.get(key)
+    return default if value is None else value
+
+
+def _scaled(yarn: Yarn, rope: Mapping[str, Any]) -> Yarn:
+    """With the factor that transformers would scale the angles' cosine and sine by."""
+
+    def scale_of(key: str) -> float:
+        mscale = rope.get(key)
+        if type(mscale) not in (int, float):
+            raise ValueError(f"yarn's {key} must be a number, got {mscale!r}.")
+        return 0.1 * mscale * math.log(yarn.factor) + 1
+
+    factor = rope.get("attention_factor")
+    if factor is None and rope.get("mscale") and rope.get("mscale_all_dim"):
+        factor = scale_of("mscale") / scale_of("mscale_all_dim")
+    if factor in (None, yarn.scale):
+        return yarn
+    if factor == 1:
+        return dataclasses.replace(yarn, apply_scale=False)
+    return dataclasses.replace(yarn, attention_factor=factor)
 
 
 def _window_from_json(
@@ -141,8 +157,12 @@ def _window_from_json(
 ) -> int | tuple[int | None, ...] | None:
     _, default, _ = _CLASSES[model_type]
     window = values.get("sliding_window", default)
-    if model_type == "mixtral":
-        return None  # see config_from_params
+    if "model_type" not in values:  # the first Mixtral; see config_from_params
+        say_once(
+            f"params.json has a sliding_window of {window}, which is not applied: no "
+            "Mixtral was trained with one."
+        )
+        return None
     types = values.get("layer_types")
     if types is None:
         return window
@@ -264,5 +284,6 @@ def _rope_to_json(config: ModelConfig, model_type: str) -> dict[str, Any]:
         "beta_slow": yarn.alpha,
         "mscale": 1.0,
         "mscale_all_dim": 0.0 if yarn.apply_scale else 1.0,
+        "attention_factor": yarn.attention_factor,
         "llama_4_scaling_beta": 0.0 if scaling is None else scaling.beta,
     }

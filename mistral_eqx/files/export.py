@@ -1,5 +1,6 @@
 """Folders of weights written, from a model in memory or a folder in another format."""
 
+import errno
 import functools
 import json
 import os
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from ..config import ModelConfig
 from ..devices.processes import to_host
 from ..transformer import Transformer
+from .atomic import whole_folder
 from .checkpoint import open_checkpoint, stored_parts, weight_name, weight_shapes
 from .config_json import config_to_json
 from .folders import CONFIGS, HUGGINGFACE, MISTRAL
@@ -151,12 +153,10 @@ def _write(
     if dtype is not None and dtype not in DTYPES.values():
         raise ValueError(f"dtype must be bfloat16, float16 or float32, got {dtype}.")
     sizes = {
-        name: tensor.size * (DTYPES[tensor.dtype] if dtype is None else dtype).itemsize
+        name: tensor.size * (tensor.kept_dtype if dtype is None else dtype).itemsize
         for name, tensor in tensors.items()
     }
-    dtypes = {
-        DTYPES[tensor.dtype] if dtype is None else dtype for tensor in tensors.values()
-    }
+    dtypes = {t.kept_dtype if dtype is None else dtype for t in tensors.values()}
     if format == HUGGINGFACE:
         stored = str(dtypes.pop()) if len(dtypes) == 1 else "float32"
         content = config_to_json(config, stored)
@@ -185,33 +185,29 @@ def _write(
             f"{folder} needs {total / 1e9:.1f} GB, and only {free / 1e9:.1f} GB are free."
         )
 
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
     try:
-        _write_json(partial / CONFIGS[format], content)
-        for file in companions:
-            shutil.copyfile(file, partial / file.name)
-        with tqdm(
-            desc="write", total=total, unit="B", unit_scale=True, disable=None
-        ) as bar:
-            for shard, names in shards.items():
-                content = {new_names[name]: tensors[new_names[name]] for name in names}
-                write_safetensors(partial / shard, content, dtype, progress=bar.update)
-        if len(shards) > 1:
-            places = {new_names[n]: shard for shard, names in shards.items() for n in names}
-            index = {"metadata": {"total_size": total}, "weight_map": places}
-            _write_json(partial / "model.safetensors.index.json", index)
-        if folder.exists():
-            replaced = folder.with_name(folder.name + ".replaced")
-            folder.rename(replaced)
-            partial.rename(folder)
-            shutil.rmtree(replaced)
-        else:
-            partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        with whole_folder(folder) as partial:
+            _write_json(partial / CONFIGS[format], content)
+            for file in companions:
+                shutil.copyfile(file, partial / file.name)
+            bar = tqdm(desc="write", total=total, unit="B", unit_scale=True, disable=None)
+            with bar:
+                for shard, names in shards.items():
+                    content = {new_names[name]: tensors[new_names[name]] for name in names}
+                    write_safetensors(partial / shard, content, dtype, progress=bar.update)
+            if len(shards) > 1:
+                places = {
+                    new_names[n]: file for file, names in shards.items() for n in names
+                }
+                index = {"metadata": {"total_size": total}, "weight_map": places}
+                _write_json(partial / "model.safetensors.index.json", index)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise OSError(
+            f"{folder} cannot be written: {os.strerror(error.errno)}. Nothing is left of "
+            "it. Make room, or choose another disk."
+        ) from error
 
 
 def _check_target(folder: Path, *, force: bool, source: Path | None) -> None:

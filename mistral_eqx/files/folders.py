@@ -1,15 +1,13 @@
 """Which files of a folder hold a model, in Mistral's own format or in Hugging Face's."""
 
-import functools
 import json
-import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .. import arguments
-from ..arguments import printable
+from ..arguments import printable, say_once
 from ..config import ModelConfig
 from .config_json import config_from_json
 from .params import config_from_params
@@ -23,16 +21,21 @@ _WEIGHTS = {
     MISTRAL: (
         "consolidated.safetensors",
         "consolidated.safetensors.index.json",
+        "consolidated-[0-9]*-of-[0-9]*.safetensors",
         "consolidated.[0-9][0-9].pth",
         "consolidated.[0-9][0-9].pt",
     ),
     HUGGINGFACE: (
         "model.safetensors",
         "model.safetensors.index.json",
+        "model-[0-9]*-of-[0-9]*.safetensors",
         "pytorch_model.bin",
         "pytorch_model.bin.index.json",
     ),
 }
+
+
+_ADAPTERS = ("adapter_config.json", "adapter_model.*", "*lora*.safetensors")
 
 
 def read_config(folder: str | os.PathLike) -> ModelConfig:
@@ -63,28 +66,30 @@ def format_of(folder: Path) -> str:
             f"There is no folder {folder}: it is a file. Name the folder it is in."
         )
     configs = [f for f in CONFIGS if (folder / CONFIGS[f]).is_file()]
+    whole = [f for f in configs if any(_found(folder, pattern) for pattern in _WEIGHTS[f])]
+    adapters = [f for pattern in _ADAPTERS for f in _found(folder, pattern)]
+    if adapters and whole:
+        raise ValueError(
+            f"{folder} holds a LoRA adapter beside the model, {adapters[0].name}, which is "
+            "not implemented: the model without it would write other text. Move the "
+            "adapter away to load the model alone."
+        )
+    if adapters:
+        raise ValueError(
+            f"{folder} holds a LoRA adapter, {adapters[0].name}, and no model. Load the "
+            "model that it was trained for."
+        )
     if not configs:
-        if any(folder.glob("adapter_*")) or any(folder.glob("*lora*")):
-            raise ValueError(
-                f"{folder} holds a LoRA adapter and no model. Load the model that it was "
-                "trained for."
-            )
         raise FileNotFoundError(
             f"There is no params.json in {folder}, and no config.json. It comes with the "
             "weights: download the whole folder."
         )
-    whole = [f for f in configs if any(_found(folder, pattern) for pattern in _WEIGHTS[f])]
     if len(whole) == 2:
-        _say_which(folder)
+        say_once(
+            f"{folder} holds the weights in Mistral's and in Hugging Face's format. "
+            "Mistral's are used."
+        )
     return (whole or configs)[0]
-
-
-@functools.cache
-def _say_which(folder: Path) -> None:
-    logging.getLogger(__name__).warning(
-        f"{folder} holds the weights in Mistral's and in Hugging Face's format. "
-        "Mistral's are used."
-    )
 
 
 def _found(folder: Path, pattern: str) -> list[Path]:
@@ -101,6 +106,9 @@ def weight_files(
             continue
         if pattern.endswith(".index.json"):
             return _read_index(files[0])
+        if "-of-" in pattern:
+            _check_count(files)
+            return tuple(files), None
         for number, file in enumerate(files):
             if len(files) > 1 and f".{number:02}." not in file.name:
                 raise FileNotFoundError(
@@ -114,6 +122,22 @@ def weight_files(
     )
 
 
+def _check_count(files: list[Path]) -> None:
+    """Raises `FileNotFoundError` if some of the files 1 to n, as their names have it, are
+    not there."""
+    first, _, total = files[0].stem.rpartition("-of-")
+    stem, _, digits = first.rpartition("-")
+    names = {file.name for file in files}
+    # More than there are files would only make the loop long.
+    for number in range(1, min(int(total), len(files) + 1) + 1):
+        wanted = f"{stem}-{number:0{len(digits)}}-of-{total}.safetensors"
+        if wanted not in names:
+            raise FileNotFoundError(
+                f"{files[0].parent} lacks {wanted}, but has {files[-1].name}. Download the "
+                "whole folder."
+            )
+
+
 def _read_index(path: Path) -> tuple[tuple[Path, ...], Mapping[str, str]]:
     try:
         places = read_json_object(path).get("weight_map")
@@ -125,12 +149,13 @@ def _read_index(path: Path) -> tuple[tuple[Path, ...], Mapping[str, str]]:
                     f"its weight_map names {file!r}, which is no file beside it."
                 )
     except ValueError as error:
-        raise ValueError(f"{path} cannot be used: {error}") from error
+        raise ValueError(printable(f"{path} cannot be used: {error}")) from error
     files = sorted(set(places.values()))
     for file in files:
         if not (path.parent / file).is_file():
             raise FileNotFoundError(
-                f"{path} names {file}, which is not there. Download the whole folder."
+                f"{path} names {printable(file)}, which is not there. Download the whole "
+                "folder."
             )
     return tuple(path.parent / file for file in files), places
 

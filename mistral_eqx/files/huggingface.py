@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from ..config import ModelConfig
 from .weights import Index, StoredTensor
 
 
@@ -76,11 +77,13 @@ def to_huggingface(
 
 
 def from_huggingface(
-    tensors: Mapping[str, StoredTensor], head_dim: int
+    tensors: Mapping[str, StoredTensor], config: ModelConfig
 ) -> dict[str, StoredTensor]:
     """Mistral's names and rows for tensors with Hugging Face's."""
+    if config.moe is not None:
+        tensors = _unfused(tensors, config.moe.num_experts)
     return {
-        mistral_name(name): _permuted(tensor, (2, head_dim // 2))
+        mistral_name(name): _permuted(tensor, (2, config.head_dim // 2))
         if name.endswith((".q_proj.weight", ".k_proj.weight"))
         else tensor
         for name, tensor in tensors.items()
@@ -103,6 +106,43 @@ def _permuted(tensor: StoredTensor, split: tuple[int, int]) -> StoredTensor:
         return heads[rows.start - first * head_dim :][: len(rows)]
 
     return dataclasses.replace(tensor, read=read)
+
+
+def _unfused(
+    tensors: Mapping[str, StoredTensor], num_experts: int
+) -> dict[str, StoredTensor]:
+    """The names that Hugging Face's Mixtrals have had from the beginning. transformers 5
+    can write its own instead, which fuse the experts of a layer, and w1 with w3 below."""
+    out = {}
+    for name, tensor in tensors.items():
+        found = re.fullmatch(r"(model\.layers\.\d+\.)mlp\.(.+)", name)
+        layer, rest = ("", "") if found is None else found.groups()
+        moe = f"{layer}block_sparse_moe."
+        fused = {"experts.gate_up_proj": ("w1", "w3"), "experts.down_proj": ("w2",)}
+        if rest == "gate.weight":
+            out[f"{moe}gate.weight"] = tensor
+        elif rest in fused and len(tensor.shape) == 3:
+            parts = fused[rest]
+            for expert in range(min(num_experts, tensor.shape[0])):
+                for i, matrix in enumerate(parts):
+                    part = _slab(tensor, expert, i, len(parts))
+                    out[f"{moe}experts.{expert}.{matrix}.weight"] = part
+        else:
+            out[name] = tensor
+    return out
+
+
+def _slab(stacked: StoredTensor, expert: int, part: int, n_parts: int) -> StoredTensor:
+    """One of the parts that the rows of an expert's matrix are cut into."""
+    n_rows = stacked.shape[1] // n_parts
+
+    def read(index: Index) -> np.ndarray:
+        rows = range(n_rows)[index[0]]
+        rows = slice(part * n_rows + rows.start, part * n_rows + rows.stop)
+        return stacked.read((slice(expert, expert + 1), rows, *index[1:]))[0]
+
+    shape = (n_rows, stacked.shape[2])
+    return dataclasses.replace(stacked, shape=shape, read=read)
 
 
 def unstack_experts(

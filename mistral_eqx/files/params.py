@@ -1,9 +1,11 @@
 """`params.json`, in and out: what Mistral's own files say about a model."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
+from ..arguments import say_once
 from ..config import Llama4Scaling, ModelConfig, MoEConfig, Yarn
 
 
@@ -12,7 +14,10 @@ _OTHER_NAMES = {
     "max_seq_len": "max_position_embeddings",
 }
 # How the reference is run, not what the model is.
-_WITHOUT_EFFECT = {"max_batch_size", "expert_parallel", "expert_model_parallel"}
+_WITHOUT_EFFECT = {
+    *("max_batch_size", "expert_parallel", "expert_model_parallel", "n_ctx"),
+    *("dtype", "torch_dtype", "name", "version", "bos_id", "eos_id", "pad_id"),
+}
 # The one value of each that this model implements, which newer files spell out.
 _ONLY_VALUES = (
     ("model_type", "transformer"),
@@ -21,6 +26,8 @@ _ONLY_VALUES = (
     ("causal", True),
     ("num_shared_experts", 0),
     ("route_every_n", 1),
+    ("tie_embeddings", False),
+    ("tie_word_embeddings", False),
 )
 
 
@@ -34,7 +41,7 @@ def config_from_params(params: Mapping[str, Any]) -> ModelConfig:
     """
     if not isinstance(params, Mapping):
         raise ValueError(f"params.json must hold an object, got {params!r}.")
-    params = dict(params)
+    params = plain_numbers(params)
     for other, name in _OTHER_NAMES.items():
         if other in params:
             value = params.pop(other)
@@ -50,9 +57,12 @@ def config_from_params(params: Mapping[str, Any]) -> ModelConfig:
     window = params.get("sliding_window")
     if params.get("moe") is not None:
         # The first Mixtral files say 4096 or "4096". None was trained with a window.
+        if window is not None:
+            say_once(
+                f"params.json has a sliding_window of {window}, which is not applied: no "
+                "Mixtral was trained with one."
+            )
         window = None
-    elif isinstance(window, str) and window.isdecimal():
-        window = int(window)
     elif isinstance(window, list):
         window = tuple(window)
     params["sliding_window"] = window
@@ -67,9 +77,41 @@ def config_to_params(config: ModelConfig) -> dict[str, Any]:
     for name in optional:
         if not params[name]:
             del params[name]
+    if config.yarn is not None and config.yarn.attention_factor is None:
+        del params["yarn"]["attention_factor"]
+    if config.moe is not None and config.smallest_window is not None:
+        raise ValueError(
+            "Mistral's format has no Mixtral with a window: its readers would ignore the "
+            f"{config.smallest_window} tokens."
+        )
     if isinstance(config.sliding_window, tuple):
         params["sliding_window"] = list(config.sliding_window)
     return params
+
+
+def plain_numbers(value: Any) -> Any:
+    """The content of a JSON file, with what can only be meant as a number as that number:
+    64 for 64.0 and for "64", 1e-5 for "1e-05"."""
+    if isinstance(value, list):
+        return [plain_numbers(inner) for inner in value]
+    if isinstance(value, Mapping):
+        numbers = {key: plain_numbers(inner) for key, inner in value.items()}
+        return numbers | {
+            key: int(inner)
+            for key, inner in numbers.items()
+            if isinstance(inner, float) and inner.is_integer() and key not in _REALS
+        }
+    if isinstance(value, str) and _NUMBER.fullmatch(value):
+        return float(value) if set(value) & set(".eE") else int(value)
+    return value
+
+
+# The numbers that need not be whole.
+_REALS = {
+    *("norm_eps", "rms_norm_eps", "rope_theta", "factor", "alpha", "beta", "beta_fast"),
+    *("beta_slow", "attention_factor", "mscale", "mscale_all_dim", "llama_4_scaling_beta"),
+}
+_NUMBER = re.compile(r"-?\d{1,30}(\.\d{1,30})?([eE][-+]?\d{1,3})?")
 
 
 def _from_mapping(cls: type, values: Any, where: str) -> Any:

@@ -23,6 +23,8 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "F32": np.dtype(np.float32),
 }
+# Those that can be read. JAX has no float64 by default, so these numbers become float32.
+READABLE = DTYPES | {"F64": np.dtype(np.float64)}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Index = tuple[slice, ...]
 # How many bytes are read at once, so that little beside the result is ever in memory.
@@ -52,11 +54,16 @@ class StoredTensor:
     def size(self) -> int:
         return int(np.prod(self.shape, dtype=object))
 
+    @property
+    def kept_dtype(self) -> np.dtype:
+        """The type of the numbers in a model that is loaded or written as it is."""
+        return DTYPES.get(self.dtype, DTYPES["F32"])
+
     def pieces(self, index: Index) -> Iterator[tuple[slice, np.ndarray]]:
         """Reads the part at `index` in pieces of rows, each with its place in the part."""
         bounds = [range(n)[part] for n, part in zip(self.shape, index)]
         rows, rest = bounds[0], [len(part) for part in bounds[1:]]
-        step = max(1, PIECE // (DTYPES[self.dtype].itemsize * int(np.prod(rest)) or 1))
+        step = max(1, PIECE // (READABLE[self.dtype].itemsize * int(np.prod(rest)) or 1))
         # Whole heads of up to 256 rows: they may have to be permuted.
         step = max(256, step // 256 * 256)
         for start in range(0, len(rows), step):
@@ -119,7 +126,7 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             headers = {name: file.get_slice(name) for name in file.keys()}
-            return {
+            tensors = {
                 name: StoredTensor(
                     path,
                     name,
@@ -129,6 +136,11 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
                 )
                 for name, header in headers.items()
             }
+            # A tensor with two names is stored once, and the metadata has the other name.
+            for name, other in (file.metadata() or {}).items():
+                if other in tensors:
+                    tensors.setdefault(name, tensors[other])
+            return tensors
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(
             f"{path} is damaged or not whole ({error}). Download it again."
@@ -177,6 +189,7 @@ def open_torch(path: Path) -> dict[str, StoredTensor]:
     ):
         raise ValueError(f"{path} holds other things than named tensors.")
     names = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+    names[torch.float64] = "F64"
 
     def stored(name: str, tensor: torch.Tensor) -> StoredTensor:
         dtype = names.get(tensor.dtype, str(tensor.dtype))
@@ -184,7 +197,7 @@ def open_torch(path: Path) -> dict[str, StoredTensor]:
         def read(index: Index) -> np.ndarray:
             # Through bytes, because torch gives NumPy no bfloat16.
             part = tensor[index].contiguous().view(torch.uint8)
-            return part.numpy().view(DTYPES[dtype])
+            return part.numpy().view(READABLE[dtype])
 
         return StoredTensor(path, name, dtype, tuple(tensor.shape), read)
 
@@ -210,7 +223,7 @@ def write_safetensors(
     """
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
-        target = DTYPES[tensor.dtype] if dtype is None else dtype
+        target = tensor.kept_dtype if dtype is None else dtype
         stop = offset + tensor.size * target.itemsize
         header[name] = {
             "dtype": _NAMES[target],
@@ -223,20 +236,23 @@ def write_safetensors(
     with open(path, "wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in tensors.values():
+            target = tensor.kept_dtype if dtype is None else dtype
             for _, piece in tensor.pieces((slice(None),) * len(tensor.shape)):
-                piece = piece if dtype is None else _converted(piece, dtype, tensor)
-                piece = np.ascontiguousarray(piece)
+                piece = np.ascontiguousarray(_converted(piece, target, tensor))
                 file.write(piece.view(np.uint8).data)
                 progress(piece.nbytes)
 
 
 def _converted(piece: np.ndarray, dtype: np.dtype, tensor: StoredTensor) -> np.ndarray:
+    if piece.dtype == dtype:
+        return piece
     with np.errstate(over="ignore"):
         converted = piece.astype(dtype)
-    if dtype == np.float16 and np.isinf(converted).any() and not np.isinf(piece).any():
+    if np.isinf(converted).any() and not np.isinf(piece).any():
+        largest = float(ml_dtypes.finfo(dtype).max)
         raise ValueError(
-            f"{tensor.file}: {tensor.name} holds numbers beyond float16's largest, 65504. "
-            "Convert to bfloat16 or float32."
+            f"{tensor.file}: {tensor.name} holds numbers beyond {dtype}'s largest, "
+            f"{largest:.6g}. Convert to another dtype."
         )
     return converted
 

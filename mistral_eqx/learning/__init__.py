@@ -3,5 +3,6 @@
 | module | what it is |
 |---|---|
 | `tokenizers.py` | a tokenizer learnt from a text |
+| `checkpoints.py` | the state of a run in a file |
 | `training.py` | the loss, one step, and a loop that goes on after it was killed |
 """

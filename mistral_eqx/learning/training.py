@@ -1,11 +1,9 @@
 """Next-token training: the loss, one step, and a loop that survives being killed."""
 
 import functools
-import json
 import os
 import zlib
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import equinox as eqx
 import jax
@@ -15,9 +13,10 @@ import optax
 from jaxtyping import Array, Float, Float32, Int, Integer
 from tqdm import tqdm
 
-from ..devices.processes import to_host
-from ..devices.sharding import n_row_groups, place_like, replicate, shard_rows
+from .. import arguments
+from ..devices.sharding import n_row_groups, replicate, shard_rows
 from ..transformer import Transformer
+from .checkpoints import read_checkpoint, write_checkpoint
 
 
 def loss(
@@ -164,7 +163,7 @@ def fit(
     - `learning_rate`, `warmup`: see [`make_optimizer`][].
     - `seed`: for the choice of sequences.
     - `checkpoint`: a file for the state of the run. If it is there, the run goes on from
-        it. It is replaced only once the new one is whole.
+        it, or from the one before it, if it is damaged.
     - `checkpoint_every`: steps from one checkpoint, and one held-out loss, to the next.
 
     **Returns:**
@@ -176,9 +175,15 @@ def fit(
     `ValueError` if `tokens` or `held_out` are shorter than a sequence, or if the
     checkpoint is of another run: other arguments, text or model.
     """
-    for name, size in (("batch_size", batch_size), ("seq_len", seq_len)):
-        if size < 1:
-            raise ValueError(f"{name} must be 1 or more, got {size}.")
+    integer = arguments.integer
+    steps, warmup = integer("steps", steps), integer("warmup", warmup)
+    batch_size = integer("batch_size", batch_size, least=1)
+    seq_len = integer("seq_len", seq_len, least=1)
+    checkpoint_every = integer("checkpoint_every", checkpoint_every, least=1)
+    seed = integer("seed", seed, most=2**63 - 1)
+    learning_rate = arguments.number("learning_rate", learning_rate)
+    if not 0 < learning_rate < np.inf:
+        raise ValueError(f"learning_rate must be above 0, got {learning_rate}.")
     for name, stream in (("tokens", tokens), ("held_out", held_out)):
         if len(stream) < seq_len:
             raise ValueError(
@@ -200,8 +205,10 @@ def fit(
         "seed": seed,
         "text": zlib.crc32(np.asarray(tokens, np.int32).tobytes()),
     }
-    if checkpoint is not None and Path(checkpoint).exists():
-        state = _read_checkpoint(Path(checkpoint), state, run)
+    if checkpoint is not None:
+        checkpoint = Path(arguments.path("checkpoint", checkpoint))
+        stored = read_checkpoint(checkpoint, state, run)
+        state = state if stored is None else stored
     measured = sample_batch(
         held_out, batch_size=64, seq_len=seq_len, bos_id=bos_id, seed=0, step=0
     )
@@ -227,40 +234,7 @@ def fit(
             if done % checkpoint_every == 0 or done == steps:
                 shown["held out"] = f"{float(_evaluate(state.model, measured)):.3f}"
                 if checkpoint is not None:
-                    _write_checkpoint(Path(checkpoint), state, run)
+                    write_checkpoint(checkpoint, state, run)
             progress.set_postfix(shown, refresh=False)
             progress.update()
     return state.model
-
-
-def _write_checkpoint(path: Path, state: TrainState, run: dict[str, Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    # Every process has a part of the numbers, and one of them writes.
-    writes = jax.process_index() == 0
-    with open(partial if writes else os.devnull, "wb") as file:
-        file.write(json.dumps(run).encode() + b"\n")
-        eqx.tree_serialise_leaves(file, state, filter_spec=_write_leaf)
-    if writes:
-        partial.replace(path)
-
-
-def _write_leaf(file: BinaryIO, leaf: Array) -> None:
-    jnp.save(file, to_host(leaf))
-
-
-def _read_checkpoint(path: Path, like: TrainState, run: dict[str, Any]) -> TrainState:
-    with open(path, "rb") as file:
-        try:
-            stored = json.loads(file.readline())
-            state = eqx.tree_deserialise_leaves(file, like)
-        except Exception as error:
-            raise ValueError(
-                f"{path} is not a checkpoint of this run: its model or optimizer has "
-                "another shape, or the file is damaged. Move it away to start anew."
-            ) from error
-    if changed := sorted(name for name in run if run[name] != stored[name]):
-        raise ValueError(
-            f"{path} is a checkpoint of another run: {', '.join(changed)} changed. "
-            "Go on as that run began, or move it away to start anew."
-        )
-    return place_like(state, like)

@@ -109,14 +109,16 @@ def test_held_out_is_the_last_tenth():
     assert 9 * len(held_out) <= len(learnt) + 9 <= 9 * len(held_out) + 9
 
 
-@pytest.mark.parametrize("text", ["", "x", "a\r\nb\n", "é🦙" * 5])
-def test_read_text_changes_nothing(tmp_path, text):
+@pytest.mark.parametrize("text", ["", "x", "a\rb\n", "é🦙" * 5, "\ufeff\ufeff"])
+def test_read_text_changes_line_ends_and_byte_order_marks_only(tmp_path, text):
     for name, content in (
         ("plain", text.encode()),
         ("compressed.xz", lzma.compress(text.encode())),
     ):
         (tmp_path / name).write_bytes(content)
-        assert read_text(tmp_path / name) == text
+        assert read_text(tmp_path / name) == text.removeprefix("\ufeff")
+    (tmp_path / "windows").write_bytes(b"\xef\xbb\xbf" + f"{text}\r\n".encode())
+    assert read_text(tmp_path / "windows") == f"{text}\n"
 
 
 def test_train(params, text, tmp_path, capsys):

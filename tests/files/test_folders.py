@@ -189,7 +189,7 @@ BAD = {
         lambda folder: write_raw(folder, use_biases=True),
         "params.json has use_biases, which this model does not implement",
     ),
-    "a lora adapter": (only_adapter, "holds a LoRA adapter and no model"),
+    "a lora adapter": (only_adapter, "holds a LoRA adapter, adapter_config.json, and no"),
     "hugging face vision": (
         hf_with(lambda folder: edit(folder / "config.json", model_type="mistral3")),
         "model_type 'mistral3'. Only text models .* none that sees or hears",

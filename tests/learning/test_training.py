@@ -1,6 +1,10 @@
+import errno
+import itertools
+import logging
 import math
 import os
 import shutil
+import zlib
 
 import equinox as eqx
 import jax
@@ -9,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
 from models import cast, random_model, random_tokens
 from test_parity import (
     MIXTRAL,
@@ -204,7 +209,8 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch, killed_after, capsys):
         killed_after(n)
         with pytest.raises(KeyboardInterrupt):
             fit(small_model(), STREAM, STREAM, **options)
-        assert os.listdir(tmp_path) == ["run"]
+        assert "run" in os.listdir(tmp_path)
+        assert set(os.listdir(tmp_path)) <= {"run", "run.previous"}
     monkeypatch.setattr(training, "train_step", train_step)
     assert_same(fit(small_model(), STREAM, STREAM, **options), unbroken)
     # The run is over: no further step, and the same model.
@@ -260,8 +266,54 @@ def test_a_checkpoint_of_another_run(checkpoint):
 def test_a_damaged_checkpoint(checkpoint, size):
     checkpoint.write_bytes(checkpoint.read_bytes()[:size])
     options = OPTIONS | {"steps": 1, "checkpoint": checkpoint}
-    with pytest.raises(ValueError, match=f"{checkpoint} is not .* damaged"):
+    with pytest.raises(ValueError, match=f"{checkpoint} is damaged, or no checkpoint"):
         fit(small_model(), STREAM, STREAM, **options)
+
+
+@trains
+@given(data=st.data())
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+def test_a_flipped_bit_is_noticed(written, data):
+    content = bytearray(written.read_bytes())
+    content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+    damaged = written.with_name("damaged")
+    damaged.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{damaged} is damaged, or no checkpoint"):
+        fit(small_model(), STREAM, STREAM, **OPTIONS | {"steps": 1}, checkpoint=damaged)
+
+
+@trains
+@pytest.mark.parametrize("content", [b"{}", b"[]", b"null", b'"x"', b'{"run": 3}', b""])
+def test_the_checkpoint_before_a_damaged_one_is_used(content, tmp_path, caplog):
+    options = OPTIONS | {"checkpoint": tmp_path / "run", "checkpoint_every": 2}
+    unbroken = fit(small_model(), STREAM, STREAM, **options)
+    # A whole file, but that of another program.
+    content += b"\n"
+    (tmp_path / "run").write_bytes(content + zlib.crc32(content).to_bytes(4, "little"))
+    with caplog.at_level(logging.WARNING):
+        assert_same(fit(small_model(), STREAM, STREAM, **options), unbroken)
+    assert "run is damaged, or no checkpoint." in caplog.text
+    assert caplog.text.rstrip().endswith("The one before it is used.")
+
+
+@trains
+def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    unbroken = fit(small_model(), STREAM, STREAM, **OPTIONS)
+    options = OPTIONS | {"checkpoint": tmp_path / "run", "checkpoint_every": 2}
+    save, calls = np.save, itertools.count()
+
+    def full(file, array, **more):
+        # In the middle of the second checkpoint.
+        if next(calls) == len(jax.tree.leaves(unbroken)) * 3 + 9:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(file, array, **more)
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(OSError, match="run cannot be written: No space left on device. Th"):
+        fit(small_model(), STREAM, STREAM, **options)
+    assert os.listdir(tmp_path) == ["run"]
+    monkeypatch.undo()
+    assert_same(fit(small_model(), STREAM, STREAM, **options), unbroken)
 
 
 def test_too_short_a_text():

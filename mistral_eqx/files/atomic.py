@@ -1,0 +1,82 @@
+"""Folders that are whole or not there, with one writer at a time."""
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Makes a folder, if it is not there, and keeps other processes out of this function
+    with the same folder. The lock ends with the process, however that ends.
+
+    **Raises:**
+
+    `FileExistsError` if another process is inside.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = not folder.exists() or not os.path.samestat(
+                os.stat(folder), os.fstat(descriptor)
+            )
+        except BlockingIOError:
+            taken = True
+        except OSError:  # some network drives have no locks
+            taken = False
+        if taken:
+            raise FileExistsError(
+                f"Another process is writing to {folder} now. Wait until it is done, or "
+                "write elsewhere."
+            )
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Yields an empty folder, which becomes `target` at the end, or is deleted after an
+    error. What a killed process has left there is deleted too. An old `target` is there
+    until the new one is: the two are exchanged in one step where the system can do that.
+
+    **Raises:**
+
+    `FileExistsError` if another process is writing the same folder.
+    """
+    partial = target.with_name(target.name + ".partial")
+    with locked(partial):
+        for left in partial.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        try:
+            yield partial
+            if not target.exists():
+                partial.rename(target)
+            elif _exchange(partial, target):
+                shutil.rmtree(partial)
+            else:
+                old = target.with_name(target.name + ".replaced")
+                target.rename(old)
+                partial.rename(target)
+                shutil.rmtree(old)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchanges the names of two folders in one step. Returns whether that was possible."""
+    libc = ctypes.CDLL(None)
+    names = os.fsencode(one), os.fsencode(other)
+    here, exchange = -100, 2  # AT_FDCWD, and RENAME_EXCHANGE or macOS's RENAME_SWAP
+    if hasattr(libc, "renameat2"):
+        return libc.renameat2(here, names[0], here, names[1], exchange) == 0
+    if hasattr(libc, "renamex_np"):
+        return libc.renamex_np(*names, exchange) == 0
+    return False
