@@ -117,8 +117,8 @@ def _rope_from_json(values: Mapping[str, Any], model_type: str) -> dict[str, Any
         yarn = Yarn(
             factor=rope.get("factor"),
             original_max_position_embeddings=context,
-            beta=_given(rope, "beta_fast", 32),
-            alpha=_given(rope, "beta_slow", 1),
+            beta=_given(rope, "beta_fast", 32.0),
+            alpha=_given(rope, "beta_slow", 1.0),
             apply_scale=True,
         )
         params["yarn"] = _scaled(yarn, rope)

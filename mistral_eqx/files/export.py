@@ -190,6 +190,8 @@ def _write(
             _write_json(partial / CONFIGS[format], content)
             for file in companions:
                 shutil.copyfile(file, partial / file.name)
+            if format == HUGGINGFACE:
+                _describe_tokenizer(partial)
             bar = tqdm(desc="write", total=total, unit="B", unit_scale=True, disable=None)
             with bar:
                 for shard, names in shards.items():
@@ -208,6 +210,26 @@ def _write(
             f"{folder} cannot be written: {os.strerror(error.errno)}. Nothing is left of "
             "it. Make room, or choose another disk."
         ) from error
+
+
+def _describe_tokenizer(folder: Path) -> None:
+    """Adds what transformers needs to see in a folder that it has a sentencepiece model
+    which begins a text with the BOS id, unless the folder says so already."""
+    models = sorted(folder.glob("tokenizer.model*"))
+    if not models or (folder / "tokenizer_config.json").exists():
+        return
+    if not (folder / "tokenizer.model").exists():
+        shutil.copyfile(models[-1], folder / "tokenizer.model")
+    content = {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "clean_up_tokenization_spaces": False,
+    }
+    _write_json(folder / "tokenizer_config.json", content)
 
 
 def _check_target(folder: Path, *, force: bool, source: Path | None) -> None:

@@ -1,22 +1,29 @@
 """Either format out, bit for bit, and nothing lost or half written."""
 
+import errno
 import functools
 import json
+import os
+import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import mistral_common
 import ml_dtypes
 import numpy as np
 import pytest
+import transformers
 from layouts import assert_is_mixtral, assert_same_bits, weights_of, write_raw
 
 import mistral_eqx
 from mistral_eqx import convert, load_model, save
-from mistral_eqx.files import weights
+from mistral_eqx.files import atomic, export, weights
 from mistral_eqx.files.checkpoint import open_checkpoint
+from mistral_eqx.text import TINY_MISTRAL
 
 
 @pytest.mark.parametrize("format", ["mistral", "huggingface"])
@@ -151,3 +158,81 @@ def test_convert_and_inspect_as_commands(tmp_path):
     parameters = sum(array.size for array in weights_of("v0.1").values())
     for told in ("8 tokens", f"{parameters:,}", "huggingface: model-00001-of-0", "none"):
         assert told in done.stdout
+
+
+VERSIONS = [
+    TINY_MISTRAL / "tokenizer.model",
+    *sorted((Path(mistral_common.__file__).parent / "data").glob("*tok*")),
+    *sorted((Path(mistral_common.__file__).parent / "data").glob("tekken*.json")),
+]
+
+
+@pytest.mark.parametrize("path", VERSIONS, ids=lambda path: path.name)
+def test_transformers_tokenizes_a_converted_folder_alike(path, tmp_path):
+    """The BOS id above all, which a folder without a tokenizer_config.json loses."""
+    raw = write_raw(tmp_path / "raw")
+    name = "tekken.json" if path.suffix == ".json" else "tokenizer.model"
+    if ".model.v" in path.name:
+        name = "tokenizer.model." + path.name.rpartition(".")[2]
+    shutil.copy(path, raw / name)
+    convert(raw, tmp_path / "hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    ours = mistral_eqx.load_tokenizer(tmp_path / "hf")
+    for text in ("Hello world", "  two\n\n x é🦙 2024", "", " a", "naïve  "):
+        assert theirs(text)["input_ids"] == ours.encode(text)
+
+
+@pytest.mark.parametrize("kind", ["convert", "save"])
+def test_two_writers_of_one_folder(kind, tmp_path):
+    """The second is refused at the start, and the first is not disturbed."""
+    raw = write_raw(tmp_path / "raw")
+    model = load_model(raw)
+    write = {
+        "convert": lambda: convert(raw, tmp_path / "out", format="mistral"),
+        "save": lambda: save(model, tmp_path / "out"),
+    }[kind]
+    with atomic.whole_folder(tmp_path / "out") as partial:
+        (partial / "theirs").write_text("")
+        with pytest.raises(FileExistsError, match="Another process is writing to .*out"):
+            write()
+    assert os.listdir(tmp_path / "out") == ["theirs"]
+
+
+def test_old_or_new_is_there_at_every_moment(tmp_path):
+    """Also while a folder is replaced. And what a killed writer has left is cleaned up."""
+    target = tmp_path / "target"
+    with atomic.whole_folder(target) as partial:
+        (partial / "config.json").write_text("0")
+    missing, done = [], threading.Event()
+
+    def watch():
+        while not done.is_set():
+            if not (target / "config.json").exists():
+                missing.append(True)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for i in range(200):
+        left = tmp_path / "target.partial"
+        left.mkdir()
+        (left / "left").mkdir()
+        with atomic.whole_folder(target) as partial:
+            assert os.listdir(partial) == []
+            (partial / "config.json").write_text(str(i))
+    done.set()
+    watcher.join()
+    assert not missing and (target / "config.json").read_text() == "199"
+    assert os.listdir(tmp_path) == ["target"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG])
+def test_a_full_disk_is_told_in_a_line(number, tmp_path, monkeypatch):
+    raw = write_raw(tmp_path / "raw")
+
+    def full(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(export, "write_safetensors", full)
+    with pytest.raises(OSError, match="out cannot be written: .*Make room"):
+        convert(raw, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["raw"]
