@@ -233,6 +233,9 @@ def _describe_tokenizer(folder: Path) -> None:
 
 
 def _check_target(folder: Path, *, force: bool, source: Path | None) -> None:
+    inside = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not inside.is_dir():
+        raise NotADirectoryError(f"{inside} is a file: {folder} cannot be made in it.")
     if not folder.exists():
         return
     if not force:
