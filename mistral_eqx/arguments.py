@@ -7,7 +7,7 @@ import functools
 import logging
 import operator
 import os
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -71,19 +71,31 @@ def texts(name: str, value: Any) -> list[str]:
     """The texts of a sequence, or the one text that `value` is. Raises as [`text`][]."""
     if isinstance(value, str):
         return [text(name, value)]
-    if isinstance(value, bytes) or not isinstance(value, Iterable):
-        raise TypeError(
-            f"{name} must be a text (str) or several of them, got {shown(value)}."
-        )
-    return [text(f"{name}[{i}]", one) for i, one in enumerate(value)]
+    several = items(name, value, "a text (str) or several of them")
+    return [text(f"{name}[{i}]", one) for i, one in enumerate(several)]
+
+
+def items(name: str, value: Any, what: str) -> list[Any]:
+    """What a sequence, an array or an iterator holds. Raises `TypeError` for anything else,
+    a text among it; `what` says in the message what may come."""
+    try:
+        if isinstance(value, str | bytes | Mapping):
+            raise TypeError
+        return list(value)
+    except TypeError as error:
+        raise TypeError(f"{name} must be {what}, got {shown(value)}.") from error
 
 
 def path(name: str, value: Any) -> str:
     """`value`, if it can be a path. Raises `TypeError` or `ValueError` otherwise."""
     if not isinstance(value, str | os.PathLike):
         raise TypeError(f"{name} must be a path (str or Path), got {shown(value)}.")
-    if "\0" in os.fspath(value):
-        raise ValueError(f"{name} has a zero byte in it, got {shown(value)}.")
+    try:
+        encoded = os.fsencode(value)
+    except UnicodeEncodeError:
+        encoded = b"\0"
+    if b"\0" in encoded or max(map(len, encoded.split(os.sep.encode()))) > 255:
+        raise ValueError(f"{name} cannot be a path, got {shown(value)}.")
     return os.fspath(value)
 
 

@@ -7,7 +7,7 @@ any is of version 1, whose `[INST]` is plain text.
 
 import functools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -86,12 +86,8 @@ def encode_chat(
 
 
 def _checked_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    if isinstance(messages, str | Mapping) or not isinstance(messages, Iterable):
-        raise TypeError(
-            f"messages must be a list of messages, got {arguments.shown(messages)}."
-        )
     checked = []
-    for i, message in enumerate(messages):
+    for i, message in enumerate(arguments.items("messages", messages, "messages")):
         if not isinstance(message, Mapping) or "role" not in message:
             raise TypeError(
                 f'Message {i} must be {{"role": ..., "content": ...}}, got '

@@ -1,6 +1,6 @@
 """What is asked of the engine, checked, and laid out in the few shapes that it compiles."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -51,10 +51,7 @@ def budgets_of(max_tokens: int | Sequence[int], n_prompts: int) -> list[int]:
 def checked_prompts(prompts: Any, vocab_size: int) -> list[list[int]]:
     """The prompts as lists. Raises `TypeError` for what holds no token ids, `ValueError`
     for no prompts, an empty one, or an id outside."""
-    if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable):
-        raise TypeError(
-            f"prompts must hold token ids for each row, got {arguments.shown(prompts)}."
-        )
+    prompts = arguments.items("prompts", prompts, "lists of token ids, one for each row")
     rows = [_checked_prompt(i, prompt, vocab_size) for i, prompt in enumerate(prompts)]
     if not rows:
         raise ValueError("There is no prompt: give at least one.")
@@ -91,8 +88,7 @@ def checked_alternatives(alternatives: int, vocab_size: int) -> int:
 def checked_eos_ids(eos_ids: Any, vocab_size: int) -> list[int]:
     """The ids that end a row, as a list; -1 is none. Raises `TypeError` or `ValueError` for
     others than the vocabulary's."""
-    if isinstance(eos_ids, str | bytes) or not isinstance(eos_ids, Iterable):
-        raise TypeError(f"eos_ids must be token ids, got {arguments.shown(eos_ids)}.")
+    eos_ids = arguments.items("eos_ids", eos_ids, "token ids")
     return [arguments.integer("eos_ids", i, least=-1, most=vocab_size - 1) for i in eos_ids]
 
 

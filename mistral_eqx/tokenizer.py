@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from . import arguments
+from .arguments import printable
 from .files.vocabulary import (
+    is_failure,
     open_sentencepiece,
     open_tekken,
     open_tokenizer_json,
@@ -46,7 +48,7 @@ class Tokenizer:
         """
         self.path = Path(arguments.path("path", path))
         if not self.path.is_file():
-            raise FileNotFoundError(f"There is no tokenizer at {self.path}.")
+            raise FileNotFoundError(printable(f"There is no tokenizer at {self.path}."))
         opener = open_sentencepiece
         if self.path.suffix == ".json":
             is_tekken = "tekken" in self.path.name
@@ -61,7 +63,13 @@ class Tokenizer:
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
         """The ids of `text`, after the BOS id if `bos`. The name of a control id in it is
         text like any other. Raises `TypeError` or `ValueError` for what is no text."""
-        ids = self._vocabulary.encode(arguments.text("text", text))
+        text = arguments.text("text", text)
+        try:
+            ids = self._vocabulary.encode(text)
+        except BaseException as error:  # a damaged file may say so here only
+            if not is_failure(error):
+                raise
+            raise ValueError(printable(f"{self.path} cannot encode: {error}")) from error
         return [self.bos_id, *ids] if bos else ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -71,13 +79,15 @@ class Tokenizer:
 
         `TypeError` for what are no ids, `ValueError` for one that is not in the vocabulary.
         """
-        ids = list(ids)
+        ids = arguments.items("ids", ids, "token ids")
         try:
             return self._vocabulary.decode([operator.index(token) for token in ids])
-        except Exception as error:  # each library has its own for a wrong id
+        except BaseException as error:  # each library has its own for a wrong id
+            if not is_failure(error):
+                raise
             for token in ids:
                 arguments.integer("a token id", token, most=self.vocab_size - 1)
-            raise ValueError(f"These ids cannot be decoded: {error}") from error
+            raise ValueError(printable(f"{self.path} cannot decode: {error}")) from error
 
     def control_id(self, name: str) -> int | None:
         """The id of a control token, as of "[THINK]"; `None` if there is none."""
@@ -100,8 +110,9 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
             break
     else:
         raise FileNotFoundError(
-            f"There is no tokenizer in {folder}: no tokenizer.model, no tekken.json and no "
-            "tokenizer.json. They come with the weights: download the whole folder."
+            f"There is no tokenizer in {printable(str(folder))}: no tokenizer.model, no "
+            "tekken.json and no tokenizer.json. They come with the weights: download the "
+            "whole folder."
         )
     tokenizer.eos_ids = read_eos_ids(folder) or tokenizer.eos_ids
     return tokenizer

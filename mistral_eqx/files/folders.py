@@ -60,7 +60,7 @@ def format_of(folder: Path) -> str:
     """The format of a folder: the one whose config and weights are both there. Mistral's
     comes first: its rows need not be permuted."""
     if not folder.exists():
-        raise FileNotFoundError(f"There is no folder {folder}.")
+        raise FileNotFoundError(printable(f"There is no folder {folder}."))
     if not folder.is_dir():
         raise FileNotFoundError(
             f"There is no folder {folder}: it is a file. Name the folder it is in."
@@ -144,7 +144,7 @@ def _read_index(path: Path) -> tuple[tuple[Path, ...], Mapping[str, str]]:
         if not isinstance(places, dict) or not places:
             raise ValueError("it has no weight_map.")
         for file in places.values():
-            if not isinstance(file, str) or Path(file).name != file:
+            if not isinstance(file, str) or Path(file).name != file or len(file) > 255:
                 raise ValueError(
                     f"its weight_map names {file!r}, which is no file beside it."
                 )

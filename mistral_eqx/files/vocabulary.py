@@ -8,6 +8,7 @@ from typing import Any
 import sentencepiece
 
 from .. import arguments
+from ..arguments import printable
 from .folders import read_json_object
 
 
@@ -42,9 +43,7 @@ def open_sentencepiece(path: Path) -> Vocabulary:
         # Looked at once: a piece that is no text would fail in the middle of a text.
         model.id_to_piece(list(range(n_pieces)))
     except (RuntimeError, OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is not a sentencepiece model, or not all of it: {error}"
-        ) from error
+        raise _unreadable(path, "a sentencepiece model", error) from error
     added = _read_added_tokens(path.parent / "added_tokens.json", n_pieces)
 
     def control_id(name: str) -> int | None:
@@ -63,16 +62,26 @@ def open_sentencepiece(path: Path) -> Vocabulary:
     )
 
 
+def is_failure(error: BaseException) -> bool:
+    """Whether a library has failed. The panics of those in Rust are no `Exception`."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def _unreadable(path: Path, what: str, error: Exception | str) -> ValueError:
+    return ValueError(printable(f"{path} is not {what}, or not all of it: {error}"))
+
+
 def _read_added_tokens(path: Path, n_pieces: int) -> dict[str, int]:
     """The tokens that a derived model has beyond its sentencepiece model."""
     if not path.is_file():
         return {}
+    tokens = _read_object(path)
     try:
         return {
             name: arguments.integer("an id", token, most=2 * n_pieces + 2**16)
-            for name, token in _read_object(path).items()
+            for name, token in tokens.items()
         }
-    except TypeError as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path} cannot be used: {error}") from error
 
 
@@ -90,10 +99,17 @@ def open_tekken(path: Path) -> Vocabulary:
             "default_num_special_tokens", config["default_num_special_tokens"], most=2**16
         )
         model = Tekkenizer.from_file(path)
-        bos_id, eos_id = model.bos_id, model.eos_id
-    except Exception as error:  # mistral-common documents none, and asserts some
+        bos_id, eos_id = (
+            arguments.integer("an id", i, most=model.n_words - 1)
+            for i in (model.bos_id, model.eos_id)
+        )
+    except BaseException as error:  # mistral-common documents none, and asserts some
+        if not is_failure(error):
+            raise
         told = error if isinstance(error, ValueError) and str(error) else repr(error)
-        raise ValueError(f"{path} is not a Tekken, or not all of it: {told}") from error
+        raise ValueError(
+            f"{path} is not a Tekken, or not all of it: {printable(str(told))}"
+        ) from error
 
     def control_id(name: str) -> int | None:
         return model.get_special_token(name) if model.is_special(name) else None
@@ -119,8 +135,12 @@ def open_tokenizer_json(path: Path) -> Vocabulary:
         model = tokenizers.Tokenizer.from_file(str(path))
         added = model.get_added_tokens_decoder()
         size = max(model.get_vocab(with_added_tokens=True).values()) + 1
-    except Exception as error:  # tokenizers raises `Exception` itself
-        raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
+    except BaseException as error:  # tokenizers raises `Exception` itself
+        if not is_failure(error):
+            raise
+        raise ValueError(
+            f"{path} is not a tokenizer.json: {printable(str(error))}"
+        ) from error
     # The name of a special token in a text is text.
     model.encode_special_tokens = True
     special = {str(token.content): i for i, token in added.items() if token.special}

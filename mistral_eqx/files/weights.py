@@ -16,6 +16,8 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from ..arguments import printable
+
 
 # The types that a model can have, by their names in safetensors.
 DTYPES = {
@@ -143,7 +145,7 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
             return tensors
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path} is damaged or not whole ({error}). Download it again."
+            f"{path} is damaged or not whole ({printable(str(error))}). Download it again."
         ) from error
 
 
@@ -181,7 +183,7 @@ def open_torch(path: Path) -> dict[str, StoredTensor]:
     except Exception as error:  # torch documents none of what a damaged file raises
         first_line = str(error).split("\n")[0]
         raise ValueError(
-            f"{path} is damaged or not whole ({first_line}). Download it again."
+            f"{path} is damaged or not whole ({printable(first_line)}). Download it again."
         ) from error
     if not isinstance(loaded, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor)
