@@ -1,6 +1,8 @@
 """Conversations are mistral-common's, id for id."""
 
+import base64
 import functools
+import json
 from pathlib import Path
 
 import jax
@@ -12,8 +14,11 @@ from models import random_model
 
 import mistral_eqx as mx
 from mistral_eqx import decoding, prompts
+from mistral_eqx.chat import _templates
+from mistral_eqx.generation import Continuation
 from mistral_eqx.text import TINY_MISTRAL
 from mistral_eqx.tokenizer import Tokenizer
+from mistral_eqx.writer import Writer
 
 
 DATA = Path(mistral_common.__file__).parent / "data"
@@ -69,6 +74,100 @@ def test_our_own_tokenizer_follows_version_1():
     assert ids.count(tokenizer.eos_id) == 1
     told = tokenizer.decode(ids)
     assert told.startswith("[INST] Be brief.\n\n\n") and told.endswith("Go on. [/INST]")
+
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather in a town.",
+        "parameters": {"type": "object", "properties": {"town": {"type": "string"}}},
+    },
+}
+CALL = {"id": "a1B2c3D4e", "function": {"name": "weather", "arguments": '{"town": "Bonn"}'}}
+CHUNKS = [{"type": "text", "text": "How is"}, {"type": "text", "text": " it?"}]
+WITH_TOOLS = [
+    {"role": "user", "content": CHUNKS},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "Rain.", "tool_call_id": "a1B2c3D4e"},
+]
+
+
+@pytest.mark.parametrize("version", ["v3", "v7", "tekken"])
+@pytest.mark.parametrize(
+    "messages",
+    [
+        WITH_TOOLS[:1],
+        WITH_TOOLS,
+        [USER, {"role": "assistant", "content": "I am", "prefix": True}],
+    ],
+)
+def test_tools_chunks_and_begun_answers(version, messages):
+    tokenizer = Tokenizer(DATA / FILES[version])
+    request = ChatCompletionRequest(messages=messages, tools=[TOOL])
+    common = open_common(DATA / FILES[version]).encode_chat_completion(request)
+    assert mx.encode_chat(tokenizer, messages, tools=[TOOL]) == common.tokens
+    with pytest.raises(ValueError, match="cannot be encoded: reasoning_effort="):
+        mx.encode_chat(tokenizer, [USER], reasoning_effort="high")
+
+
+def small_tekken(folder):
+    """One that can think, of the 256 bytes."""
+    vocab = [
+        {"rank": i, "token_bytes": base64.b64encode(bytes([i])).decode(), "token_str": None}
+        for i in range(256)
+    ]
+    names = "<unk> <s> </s> [INST] [/INST] [THINK] [/THINK] [TOOL_CALLS] [ARGS] [CALL_ID]"
+    special = [
+        {"rank": i, "token_str": name, "is_control": True}
+        for i, name in enumerate(names.split())
+    ]
+    config = {
+        "pattern": ".",
+        "num_vocab_tokens": 256,
+        "default_vocab_size": 266,
+        "default_num_special_tokens": 10,
+        "version": "v13",
+    }
+    content = {"vocab": vocab, "special_tokens": special, "config": config}
+    (folder / "tekken.json").write_text(json.dumps(content))
+    return Tokenizer(folder / "tekken.json")
+
+
+ANSWER = (
+    "[THINK]", "Let me see.", "[/THINK]", "Answer: 4. Sto", "[TOOL_CALLS]", "add",
+    "[ARGS]", '{"a": 2}', "[TOOL_CALLS]", "halt", "[ARGS]", "{}",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("block", [1, 3, 100])
+@pytest.mark.parametrize("with_reasoning", [True, False])
+def test_reasoning_and_tool_calls_stand_apart(block, with_reasoning, tmp_path):
+    tokenizer = small_tekken(tmp_path)
+    ids = []
+    for part in ANSWER:
+        mark = tokenizer.control_id(part)
+        ids += tokenizer.encode(part, bos=False) if mark is None else [mark]
+    writer = Writer(tokenizer, "2 + 2?", stop="Stop", with_reasoning=with_reasoning)
+    pieces = []
+    for start in range(0, len(ids), block):
+        tokens = ids[start : start + block]
+        last = start + block >= len(ids)
+        row = Continuation(tokens, [0.0] * len(tokens), [], "eos" if last else None)
+        pieces.append(writer.add(row))
+    done = writer.completion
+    assert done.text == "Answer: 4. Sto" and done.reasoning == "Let me see."
+    assert done.tool_calls == 'add[ARGS]{"a": 2}[TOOL_CALLS]halt[ARGS]{}'
+    assert done.tokens == ids and str(done) == "2 + 2?Answer: 4. Sto"
+    # What may begin a stop string comes last.
+    shown = "".join(ANSWER).replace("Sto", "") + "Sto"
+    assert "".join(pieces) == (shown if with_reasoning else done.text)
+
+
+def test_a_tokenizer_json_has_no_template_here(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="tokenizer.json has no template of Mistral's"):
+        _templates(tmp_path / "tokenizer.json")
 
 
 @pytest.mark.parametrize("version", FILES)

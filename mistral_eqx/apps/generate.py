@@ -31,7 +31,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--json",
         action="store_true",
-        help="print one JSON object a line: prompt, text, tokens, logprobs, reason, score",
+        help="print one JSON object a line: prompt, text, reasoning, tool_calls, tokens, "
+        "logprobs, reason, score",
     )
     add_devices(parser)
 

@@ -447,6 +447,23 @@ def test_chat_in_a_pipe(small):
     assert code == 0 and len(out.splitlines()) >= 2 and "> " not in out
 
 
+def test_lines_from_windows(small, tmp_path):
+    """A carriage return is no part of a prompt, nor of a command, and a byte order mark is
+    none of a text."""
+    options = ["--model", small, "--max_tokens", "3"]
+    for command in ("generate", "interactive", "chat"):
+        plain = piped(command, *options, stdin=b"Hello\n/reset\nWhy?\n")
+        windows = piped(command, *options, stdin=b"\xef\xbb\xbfHello\r\n/reset\r\nWhy?\r\n")
+        assert plain[0] == 0 and windows == plain
+    (tmp_path / "plain").write_bytes(b"To be\nor not\n")
+    (tmp_path / "windows").write_bytes(b"\xef\xbb\xbfTo be\r\nor not\r\n")
+    outs = [
+        piped("generate", *options, "--file", str(tmp_path / name))
+        for name in ("plain", "windows")
+    ]
+    assert outs[0] == outs[1] and outs[0][0] == 0
+
+
 def test_a_closed_pipe_is_no_error(small):
     command = [*COMMAND, "demo", small, "--max_tokens", "2"]
     child = subprocess.Popen(
