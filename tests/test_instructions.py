@@ -69,7 +69,17 @@ def other_tokenizer(folder):
     mx.save(model, folder, tokenizer=mx.text.TINY_MISTRAL / "tokenizer.model", force=True)
 
 
+def adapter(folder):
+    (folder / "adapter_config.json").write_text("{}")
+
+
+def no_tokenizer(folder):
+    (folder / "tokenizer.model").unlink()
+
+
 FAULTS = [
+    adapter,
+    no_tokenizer,
     without_weights,
     cut,
     missing_shard,
