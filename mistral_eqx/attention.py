@@ -53,12 +53,12 @@ def attend(
     seq, heads, head_dim = queries.shape
     kv_heads, slots, _ = keys.shape
     groups = heads // kv_heads
-    # The queries of a group become rows of one matrix: two plain batched products,
-    # which XLA does faster than an einsum over five axes.
+    # The queries of a group become the rows of one matrix. XLA runs two batched matrix
+    # products faster than an einsum over five axes.
     rows = queries.reshape(seq, kv_heads, groups, head_dim).transpose(1, 2, 0, 3)
     rows = rows.reshape(kv_heads, groups * seq, head_dim).astype(keys.dtype)
     scores = score(rows, keys).reshape(kv_heads, groups, seq, slots) * head_dim**-0.5
-    # A finite value: a pad sees no key at all, and a row of -inf alone would be NaN.
+    # The value is finite because a pad sees no key: the softmax of only -inf is NaN.
     scores = jnp.where(mask[None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
     weights = weights.reshape(kv_heads, groups * seq, slots)
@@ -135,7 +135,7 @@ class Attention(eqx.Module):
         queries = self.wq(x).reshape(seq, self.n_heads, self.head_dim)
         keys = self.wk(x).reshape(seq, self.n_kv_heads, self.head_dim)
         values = self.wv(x).reshape(seq, self.n_kv_heads, self.head_dim)
-        # Keys are stored turned by their own position: the ring needs no order.
+        # Keys are rotated before they are stored, so their order in the ring is free.
         queries = rotate(queries, places.cos, places.sin)
         keys = rotate(keys, places.cos, places.sin)
         positions, length = places.positions, places.length
@@ -164,7 +164,7 @@ class Attention(eqx.Module):
         and not only probability."""
         seq = queries.shape[0]
         keys, values = jnp.swapaxes(keys, 0, 1), jnp.swapaxes(values, 0, 1)
-        # Every block is a program of its own: 16 at most, for the time to compile.
+        # Every block is compiled by itself. At most 16 of them keep compilation short.
         block = max(64, -(-seq // 16))
         out = []
         for start in range(0, seq, block):

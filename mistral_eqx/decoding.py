@@ -296,8 +296,8 @@ def decode_step(model: Transformer, state: DecodeState) -> tuple[DecodeState, Ch
     return state, choice
 
 
-# `jax.jit` and not `eqx.filter_jit`, which waits for the result: the next block is to be
-# under way while the last one is read.
+# `jax.jit` and not `eqx.filter_jit`, which waits for the result: the next block shall run
+# while the last one is read.
 @partial(jax.jit, donate_argnums=1)
 def decode(
     model: Transformer, state: DecodeState, steps: Int32[Array, ""]

@@ -68,8 +68,9 @@ def stream(
         and equally many in every row; a prefix of one row serves all.
     - `sampling`: how to choose them; greedy by default.
     - `eos_ids`: a row ends when one of them is chosen, which is not returned.
-    - `stopped`: asked between blocks which rows need no more tokens. They may still get
-        those of one or two blocks, which were under way.
+    - `stopped`: a function that is called between blocks, and tells which rows need no
+        more tokens. These rows may still get the tokens of one or two blocks that were
+        under way.
     - `alternatives`: how many of the most probable tokens to tell at each place.
     - `block`: how many tokens to make between two yields, up to `BLOCK`.
     - `key`: for sampling. A prompt gets the same tokens alone as in any batch; the copies
@@ -129,7 +130,7 @@ def _blocks(
         prompts=prompts,
         **options,
     )
-    # The next block is under way before one is looked at, so that the device does not
+    # The next block is started before the last one is read, so that the device does not
     # wait for the host.
     state, made = decode(model, state, jnp.int32(min(block, most)))
     for start in range(block, max(most, 1) + block, block):

@@ -16,8 +16,8 @@ from .kernels.replaced import replaceable
 def product(
     x: Float[Array, "*seq in"], weight: Float[Array, "out in"]
 ) -> Float[Array, "*seq out"]:
-    """`x @ weight.T`, summed in float32 whatever the dtypes are. No other function of the
-    model multiplies by a weight matrix."""
+    """`x @ weight.T`, summed in float32 whatever the dtypes are. Every product with a
+    weight matrix in the model is this function."""
     out = jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=jnp.float32)
     return out.astype(x.dtype)
 

@@ -61,19 +61,19 @@ def mix(
     chosen: Int32[Array, "seq top_k"],
     weights: Float[Array, "seq top_k"],
 ) -> Float[Array, "seq dim"]:
-    """The sum of what the chosen experts make of each token, times the weights. Here every
-    token goes through every expert, and what was not chosen counts 0.
+    """The weighted sum of the chosen experts' outputs, for each token. Here every token
+    goes through every expert, and experts that were not chosen have weight 0.
 
     **Arguments:**
 
     - `experts`: a feed-forward network whose weights have a leading axis `experts`.
     - `x`: the tokens.
-    - `chosen`: the experts of each, from 0. A number outside counts for nothing: its expert
-        is on another device.
-    - `weights`: by how much each counts.
+    - `chosen`: the experts of each token, from 0. A number that is no expert is ignored:
+        that expert is on another device.
+    - `weights`: of the chosen experts.
     """
     n_experts = experts.w1.weight.shape[0]
-    # A copy of the tokens for each, or XLA:CPU transposes the weights instead.
+    # Each expert gets a copy of the tokens. Without copies XLA:CPU transposes the weights.
     copies = jnp.broadcast_to(x[None], (n_experts, *x.shape))
     outputs = jax.vmap(FeedForward.__call__)(experts, copies)
     one_hot = jax.nn.one_hot(chosen, n_experts, dtype=x.dtype)

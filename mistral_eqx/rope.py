@@ -59,8 +59,8 @@ def rotation(
 
     Follows `precompute_freqs_cis` of the reference; RoFormer (arXiv 2104.09864), §3.2.
     """
-    # In NumPy, with the powers rounded once: nearly always the bits of torch. XLA's differ
-    # in the last ones, which is 6e-4 of a cosine at position 32,767.
+    # Computed by NumPy and rounded once, the powers are nearly always torch's, bit for bit.
+    # XLA's differ in the last bits, which changes a cosine at position 32,767 by 6e-4.
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     powers = (theta ** exponents.astype(np.float64)).astype(np.float32)
     frequencies = 1 / powers
@@ -84,9 +84,9 @@ def turn(
 def _stretched(
     frequencies: Float32[np.ndarray, "half"], head_dim: int, theta: float, yarn: Yarn
 ) -> Float32[np.ndarray, "half"]:
-    """The frequencies of YaRN (arXiv 2309.00071, §3.2): the first pairs, which turn many
-    times within the original context, keep theirs; the last, which have not turned once,
-    are slowed down by the factor, as if the context had been shortened; a ramp between."""
+    """The frequencies of YaRN (arXiv 2309.00071, §3.2). The first pairs turn many times
+    within the original context and keep their frequencies. The last pairs have not turned
+    once there, and are slowed down by the factor. Between them is a ramp."""
 
     def pair_that_turns(times: float) -> float:
         wavelength = yarn.original_max_position_embeddings / times

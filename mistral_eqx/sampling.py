@@ -50,14 +50,14 @@ class Sampling(eqx.Module):
         - `repetition_penalty`: divides the logits of tokens that the row has already, or
             multiplies them where they are negative. 1 does nothing. Applied first.
             Keskar et al. (arXiv 1909.05858).
-        - `temperature`: divides the logits. 0 always takes the most probable token, and
-            what stands below has nothing left to do; less than 1e-5 counts as 0, since
-            the quotients would overflow.
+        - `temperature`: divides the logits. At 0 the most probable token is taken, and
+            the options below change nothing. Less than 1e-5 counts as 0, because the
+            quotients would overflow.
         - `top_k`: only the `top_k` most probable tokens are drawn, and all that are just
             as probable as the last of them.
-        - `top_p`: only the fewest tokens are drawn that have this probability together.
-            Of equally probable ones the higher ids go first. Holtzman et al. (arXiv
-            1904.09751).
+        - `top_p`: only the smallest set of tokens is drawn from whose probabilities sum to
+            this. Of equally probable tokens those with higher ids are taken first, as by
+            a stable sort. Holtzman et al. (arXiv 1904.09751).
         - `min_p`: only tokens are drawn that have this share of the probability of the
             most probable one. Nguyen et al. (arXiv 2407.01082).
 
@@ -93,8 +93,8 @@ class Sampling(eqx.Module):
         self.top_p = jnp.float32(top_p)
         self.min_p = jnp.float32(min_p)
 
-    # Jitted for those who call it by itself: a branch outside of a program is compiled
-    # each time anew.
+    # Jitted for those who call it by itself. Outside of a jitted function a `cond` would
+    # be compiled again at every call.
     @eqx.filter_jit
     def __call__(
         self,

@@ -17,8 +17,8 @@ from .stages import in_stages
 
 # The embeddings and the output belong to no stage: all of them share the vocabulary.
 _VOCAB = ("pipe", *MODEL)
-# The axes that each dimension of a weight is spread over, by the end of its name. What is
-# not here, the norms and a router, every device has whole.
+# The axes that each dimension of a weight is spread over, by the end of its name. Weights
+# that are not in this table (norms and routers) are whole on every device.
 _WEIGHTS = {
     "tok_embeddings.weight": (_VOCAB, "fsdp"),
     "wq.weight": (MODEL, "fsdp"),
@@ -58,7 +58,7 @@ def shard(model: eqx.Module, mesh: Mesh, *, microbatches: int | None = None) -> 
     divided by: it says which could.
     """
     model = in_stages(model, mesh, microbatches=microbatches)
-    # Unlike `eqx.filter_shard`, also from one set of devices to another.
+    # `eqx.filter_shard` cannot move arrays from one set of devices to another.
     return jax.device_put(model, shardings(model, mesh))
 
 
@@ -107,8 +107,8 @@ def replicate(tree: PyTree[Array], model: eqx.Module) -> PyTree[Array]:
 
 
 def _beside(tree: PyTree[Array], model: eqx.Module) -> PyTree[Array]:
-    """Puts arrays on the one device that a model was put on. What a program makes of the
-    model is there; given anything else at first, it would be compiled for both."""
+    """Commits arrays to the one device that a model was put on. Otherwise a program would
+    be compiled twice: for uncommitted inputs, and then for its own committed outputs."""
     weight = model.norm.weight
     if isinstance(weight, jax.core.Tracer) or not weight.committed:
         return tree

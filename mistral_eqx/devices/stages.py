@@ -16,10 +16,11 @@ from .mesh import WHOLE, complete, mesh_of_array, row_groups
 
 
 class Stages(eqx.Module):
-    """The layers of a model in stages, each on devices of its own: what stands in the place
-    of its tuple of blocks.
+    """The layers of a model in stages, each on devices of its own. It takes the place of
+    the model's tuple of blocks.
 
-    Block `j` of every stage is one block here, whose arrays have a leading axis `stages`.
+    The blocks `j` of all stages are one block here, whose arrays have a leading axis
+    `stages`.
 
     **Attributes:**
 
@@ -116,7 +117,7 @@ class Stages(eqx.Module):
             axis_names={"pipe"},
             check_vma=False,
         )
-        # Compiled: step by step, it cannot leave the mesh's other axes to the compiler.
+        # Outside of a jitted function, `shard_map` has to map all axes of the mesh.
         out, kept = jax.jit(run_stages)(
             self.blocks,
             jnp.arange(n_stages, dtype=jnp.int32),
@@ -126,7 +127,7 @@ class Stages(eqx.Module):
         caches, router_logits = jax.tree.map(join, kept)
         if router_logits is not None:
             router_logits = router_logits.reshape(batch, -1, *router_logits.shape[3:])
-        # The last stage has made what comes out.
+        # The output is that of the last stage.
         return join(out[-1]), caches, router_logits
 
 

@@ -145,7 +145,7 @@ def _write(
     force: bool,
     source: Path | None = None,
 ) -> None:
-    # Everything that can go wrong is looked at before the first byte is written.
+    # All checks come before the first byte is written.
     if format not in CONFIGS:
         raise ValueError(f"format must be {' or '.join(CONFIGS)}, got {format!r}.")
     if dtype is not None:
@@ -168,7 +168,7 @@ def _write(
         shards = {"consolidated.safetensors": list(tensors)}
         new_names = {name: name for name in tensors}
     if jax.process_index() > 0:
-        # Another process writes, and needs what this one's devices hold.
+        # Process 0 writes. This process takes part because its devices hold some numbers.
         for names in shards.values():
             content = {new_names[name]: tensors[new_names[name]] for name in names}
             write_safetensors(Path(os.devnull), content, dtype, progress=lambda _: None)

@@ -150,7 +150,7 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def _read_safetensors(path: Path, name: str, index: Index) -> np.ndarray:
-    # The file is mapped anew for each piece: pages once read would stay in memory.
+    # Opened again for each piece, because pages of an open map stay in memory once read.
     with safetensors.safe_open(path, framework="numpy") as file:
         return file.get_slice(name)[index]
 

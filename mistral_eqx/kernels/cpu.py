@@ -1,7 +1,8 @@
-"""What is done otherwise on a CPU, where XLA has to be led to its fast loops.
+"""Programs for a CPU, written so that XLA compiles them to its fast loops.
 
-A product of few rows with a weight matrix should take the time to read the matrix once.
-Each way below is the fastest found for its case, 1.5 to 20 times as fast as a plain one.
+A product of few rows with a weight matrix should take no longer than reading the matrix
+once. Each program below was the fastest of those tried for its case, 1.5 to 20 times as
+fast as the plain one.
 """
 
 import jax
@@ -12,8 +13,8 @@ from .. import attention, layers, rope
 from .replaced import replaces
 
 
-# XLA multiplies a vector by a matrix in one loop, with nothing written on the way, only if
-# the vector has less than 16 KiB. Else it transposes, or converts, the matrix as a whole.
+# XLA multiplies a vector by a matrix in one loop only if the vector has less than 16 KiB.
+# Otherwise it first writes a transposed or converted copy of the whole matrix.
 LONGEST_VECTOR = 4095
 
 
@@ -22,18 +23,19 @@ def project(
 ) -> Float32[Array, "rows out"]:
     """`x @ weight.T`, multiplied as the dtypes say and summed in float32."""
     rows = x.shape[0]
-    # Seen to depend on `x`, the weight is not converted ahead of a loop of steps, which
-    # would keep a second copy of the model.
+    # The barrier makes the weight depend on `x`. Otherwise XLA converts all weights before
+    # the loop of decode steps, and keeps that second copy of the model.
     x, weight = jax.lax.optimization_barrier((x, weight))
     is_float32, width = weight.dtype == jnp.float32, weight.shape[1]
     if is_float32 and rows == 1 and width > LONGEST_VECTOR:
         return (weight @ x[0])[None, :]
-    # Each row costs the loop as much again, and all should stay in the nearest cache.
+    # The loop takes as long again for each row, and all rows should fit in the L1 cache.
     few = rows < 8 and x.size <= LONGEST_VECTOR if is_float32 else rows < 4
     if few:
         return product_of_few_rows(x, weight)
     if is_float32 and rows <= 64 and weight.shape[0] % 2 == 0:
-        # The matrix on the left. In halves, or XLA would put it on the right again.
+        # With the matrix on the left this is faster. XLA would put it on the right again if
+        # it were not in halves.
         halves = weight.reshape(2, -1, width)
         out = jnp.einsum("noi,ri->nor", halves, x, preferred_element_type=jnp.float32)
         return out.transpose(2, 0, 1).reshape(rows, -1)
@@ -43,7 +45,7 @@ def project(
 def product_of_few_rows(
     x: Float[Array, "rows in"], weight: Float[Array, "out in"]
 ) -> Float32[Array, "rows out"]:
-    """The same in one loop, which converts the matrix as it reads it."""
+    """As `project`, in one loop that converts the matrix while it reads it."""
     rows, width = x.shape
     x = computed_once(x)
     if rows == 1 and width <= LONGEST_VECTOR:
@@ -66,8 +68,8 @@ def product(
 def lookup(
     tokens: Int[Array, "batch seq"], table: Float[Array, "vocab dim"]
 ) -> Float[Array, "batch seq dim"]:
-    """[`mistral_eqx.layers.lookup`][]. The barrier makes the table depend on the tokens, so
-    that XLA does not convert it ahead of a loop of steps."""
+    """[`mistral_eqx.layers.lookup`][]. The barrier makes the table depend on the tokens.
+    Otherwise XLA converts the whole table before the loop of decode steps."""
     tokens, table = jax.lax.optimization_barrier((tokens, table))
     return jax.vmap(layers.lookup.plain, (0, None))(tokens, table)
 
@@ -76,8 +78,8 @@ def lookup(
 def turn(
     positions: Int[Array, "batch seq"], frequencies: Float32[Array, "half"]
 ) -> tuple[Float32[Array, "batch seq half"], Float32[Array, "batch seq half"]]:
-    """[`mistral_eqx.rope.turn`][], written to memory: XLA would compute the cosine of a
-    position again for every head of every layer."""
+    """[`mistral_eqx.rope.turn`][], written to memory. Otherwise XLA computes the cosine of
+    a position again for every head of every layer."""
     cos, sin = jax.vmap(rope.turn.plain, (0, None))(positions, frequencies)
     return computed_once(cos), computed_once(sin)
 
@@ -87,9 +89,8 @@ def score(
     queries: Float[Array, "batch kv_heads rows head_dim"],
     keys: Float[Array, "batch kv_heads slots head_dim"],
 ) -> Float32[Array, "batch kv_heads rows slots"]:
-    """[`mistral_eqx.attention.score`][]: for a token of each row in the loop of
-    `sum_of_products`."""
-    # Shorter heads make the sums of the loop cost more than the loop saves.
+    """[`mistral_eqx.attention.score`][]: for one token of each row by `sum_of_products`."""
+    # With shorter heads the loop is slower than the plain product.
     if queries.shape[2] > 16 or queries.shape[3] < 64:
         return jax.vmap(attention.score.plain)(queries, keys)
     return sum_of_products(computed_once(queries)[..., :, None, :], keys[..., None, :, :])
@@ -103,12 +104,12 @@ def attend_ring(
     mask: Bool[Array, "batch seq slots"],
     length: Int32[Array, ""],
 ) -> Float[Array, "batch seq heads head_dim"]:
-    """[`mistral_eqx.attention.attend_ring`][], with the first slots only if the others are
-    not written: half of them, or half of that, and so on. The `switch` also keeps XLA from
-    copying the whole ring at each update.
+    """[`mistral_eqx.attention.attend_ring`][], on the smallest half, quarter, ... of the
+    ring that holds all written slots. The `switch` also keeps XLA from copying the whole
+    ring at each update.
 
-    A chunk attends in its own dtype, which may be narrower than the cache's: its many rows
-    are then multiplied faster, and the conversion of the ring takes little beside that."""
+    A chunk attends in its own dtype, even if the cache's is wider: products of many rows
+    are faster in the narrower dtype, and converting the ring is cheap beside them."""
     slots = keys.shape[2]
     dtype = keys.dtype if queries.shape[1] == 1 else queries.dtype
     sizes = [slots]
@@ -128,10 +129,10 @@ def attend_ring(
 def sum_of_products(
     x: Float[Array, "*#shape n"], y: Float[Array, "*#shape n"]
 ) -> Float32[Array, "*shape"]:
-    """`jnp.sum(x * y, axis=-1)` in one loop, with nothing written on the way.
+    """`jnp.sum(x * y, axis=-1)` in one loop that writes no intermediate array.
 
-    XLA has such a loop for a vector times a matrix, and it takes up what the matrix is
-    computed from. So the matrix is of the products, and the vector of ones."""
+    XLA has such a loop for a vector times a matrix, and fuses into it how the matrix is
+    computed. So this is a vector of ones times the matrix `x * y`."""
     products = x.astype(jnp.float32) * y.astype(jnp.float32)
     n, factor = products.shape[-1], one(x)
     sums = jnp.broadcast_to(factor, (1, n)) @ products.reshape(-1, n).T
@@ -139,13 +140,12 @@ def sum_of_products(
 
 
 def one(x: Float[Array, "..."]) -> Float32[Array, ""]:
-    """A one that XLA cannot know to be one. A product is multiplied by it before it is
-    added to anything: else XLA would leave its fast loop for one that adds, too."""
+    """A 1 that XLA cannot simplify away. A product times this 1 stays in its fast loop.
+    Without it, XLA fuses a following addition into the product and leaves that loop."""
     return 1 + 0 * jnp.nan_to_num(x[(0,) * x.ndim].astype(jnp.float32))
 
 
 def computed_once(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`x`, written to memory. XLA would rather compute an element again for every use: the
-    cosine of a position for every head of every layer. A quotient it does write, and zeros
-    that it cannot know to be make one of anything."""
+    """`x`, written to memory. XLA recomputes cheap values inside every loop that uses them,
+    but it materialises a division. So this divides by a 1 that XLA cannot simplify away."""
     return x / (1 + 0 * x)

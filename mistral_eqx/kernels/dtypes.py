@@ -9,8 +9,8 @@ from jaxtyping import Array, Float
 
 
 def cache_dtype(weight: Float[Array, "..."]) -> DTypeLike:
-    """The dtype for the keys and values of a model with such weights: float32 on a CPU. XLA
-    converts a bfloat16 array as a whole, there and back, to write to a part of it."""
+    """The dtype for the keys and values of a model with such weights: float32 on a CPU,
+    where XLA converts a whole bfloat16 array, there and back, to write a part of it."""
     on_cpu = all(device.platform == "cpu" for device in weight.devices())
     return jnp.float32 if on_cpu else weight.dtype
 

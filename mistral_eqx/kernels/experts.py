@@ -35,8 +35,8 @@ def dispatch(
     (seq, top_k), dim = chosen.shape, x.shape[1]
     n_experts = experts.w1.weight.shape[0]
     block, n_blocks = block_sizes(chosen.size, n_experts)
-    # Every expert's tokens get whole blocks: where does each pair of a token and an
-    # expert go? `slots` is the number of rows in all, which is nowhere.
+    # The tokens of an expert get whole blocks. `slot` is the row in which each pair of a
+    # token and an expert goes; pairs of absent experts get `slots`, which is no row.
     slots = n_blocks * block
     member = chosen.reshape(-1, 1) == jnp.arange(n_experts, dtype=jnp.int32)[None, :]
     rank = jnp.cumsum(member, axis=0, dtype=jnp.int32) - 1
@@ -55,9 +55,8 @@ def dispatch(
         return _one_token(one, rows) if block == 1 else one(rows)
 
     def step(_, block):
-        # Blocks that no expert needs come last. The slice of the weights stands in a
-        # branch also because XLA:CPU would otherwise move the conversion of all bfloat16
-        # weights to float32 out of the loop.
+        # Blocks that no expert needs come last, and are skipped. The branch has a second
+        # use: without it XLA:CPU converts all bfloat16 weights before the loop.
         skip = lambda experts, expert, rows: jnp.zeros_like(rows)
         return None, jax.lax.cond(block[0] < n_experts, run, skip, experts, *block)
 
@@ -67,8 +66,8 @@ def dispatch(
 
 
 def _one_token(expert: FeedForward, x: Float[Array, "1 dim"]) -> Float[Array, "1 dim"]:
-    """As `expert(x)`. On a CPU no other product multiplies by a slice of stacked weights
-    without copying it first."""
+    """As `expert(x)`. On a CPU every other product would first copy the expert's weights
+    out of the stack."""
 
     def project(x, linear):
         plain = lambda x, weight: product.plain(x, weight)
@@ -87,8 +86,8 @@ def block_sizes(n_pairs: int, n_experts: int) -> tuple[int, int]:
     - `n_pairs`: of a token and an expert.
     - `n_experts`: to share them.
     """
-    # A block reads one expert's weights. Where there are few tokens, as in decode, that is
-    # all that counts, and rows one by one are read at the bus's speed. A block of a
-    # quarter of what an expert has on average pads by a quarter at most.
+    # Each block reads one expert's weights. With few tokens, as in decode, reading is all
+    # the cost, so blocks have one token. With many, a block is a quarter of an expert's
+    # average share, so that padding adds a quarter at most.
     block = 1 if n_pairs <= 8 * n_experts else max(16, n_pairs // (4 * n_experts))
     return block, (n_pairs + min(n_pairs, n_experts) * (block - 1)) // block

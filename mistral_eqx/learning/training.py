@@ -93,8 +93,8 @@ def start(model: Transformer, optimizer: optax.GradientTransformation) -> TrainS
     """The state before the first step. The model's arrays become its own: `train_step`
     donates them."""
     state = TrainState(model, optimizer.init(model), jnp.zeros((), jnp.int32))
-    # Else the first step would be compiled for what is here, and the second for what the
-    # first one made of it.
+    # The scalars are committed to the model's devices. Otherwise a step is compiled twice:
+    # for uncommitted scalars, and then for the outputs of the first step.
     counts, rest = eqx.partition(state, lambda leaf: leaf.ndim == 0)
     return eqx.combine(replicate(counts, model), rest)
 
