@@ -57,7 +57,7 @@ def quantized(folder):
 
 def not_implemented(folder):
     path = folder / "params.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"vision_encoder": {}}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"multimodal": {}}))
 
 
 def other_tokenizer(folder):

@@ -9,6 +9,7 @@ model goes out as a folder that other programs read.
 | `weights.py` | tensors in files of any format, read a slice at a time |
 | `params.py` | the config of a model as Mistral's `params.json` has it |
 | `config_json.py` | the config of a model as Hugging Face's `config.json` has it |
+| `wrappers.py` | a vision encoder around the text model, and weights in FP8 |
 | `huggingface.py` | Hugging Face's names of weights, and its order of rows |
 | `folders.py` | which files of a folder hold a model |
 | `vocabulary.py` | the files of tokenizers |

@@ -47,6 +47,7 @@ from .weights import (
     open_torch,
     stack,
 )
+from .wrappers import dequantized, text_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Checkpoint:
     - `config`: of the model.
     - `files`: that hold the weights.
     - `tensors`: by Mistral's names, with Mistral's rows.
+    - `vision`: the names of the tensors of a vision encoder, which are left on disk.
     """
 
     folder: Path
@@ -67,6 +69,7 @@ class Checkpoint:
     config: ModelConfig
     files: tuple[Path, ...]
     tensors: Mapping[str, StoredTensor]
+    vision: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Compares the headers with what the config needs.
@@ -118,6 +121,11 @@ class Checkpoint:
                 )
         if any(tensor.dtype == "F64" for tensor in self.tensors.values()):
             say_once(f"{self.folder} holds float64 numbers, which become float32.")
+        if self.vision:
+            say_once(
+                f"{self.folder} holds a vision encoder. Its {len(self.vision)} tensors are "
+                "left on disk: only the text model is loaded."
+            )
 
     @property
     def dtype(self) -> np.dtype:
@@ -207,6 +215,7 @@ def open_checkpoint(folder: str | os.PathLike) -> Checkpoint:
         )
         told = printable(f"The index of {folder} {told}.")
         raise ValueError(f"{told} Download the folder again.")
+    tensors, vision = text_model(dequantized(tensors))
     if format == HUGGINGFACE:
         tensors = from_huggingface(tensors, config)
     elif config.moe is not None:
@@ -216,7 +225,7 @@ def open_checkpoint(folder: str | os.PathLike) -> Checkpoint:
         head = tensors.pop("output.weight", None)
         if head is not None:
             tensors.setdefault("tok_embeddings.weight", head)
-    return Checkpoint(folder, format, config, files, tensors)
+    return Checkpoint(folder, format, config, files, tensors, tuple(vision))
 
 
 def load_model(

@@ -8,6 +8,7 @@ from typing import Any
 from ..arguments import say_once
 from ..config import Llama4Scaling, ModelConfig, MoEConfig, Yarn
 from .params import plain_numbers
+from .wrappers import check_quantization
 
 
 _KEYS = {
@@ -52,7 +53,9 @@ def config_from_json(values: Mapping[str, Any]) -> ModelConfig:
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"config.json must hold an object, got {values!r}.")
-    values = plain_numbers(values)
+    values = check_quantization(plain_numbers(values))
+    if values.get("model_type") == "mistral3":
+        values = _text_config(values)
     # The params.json of the first Mixtral is like a config.json, without a type.
     is_mixtral = "num_local_experts" in values
     model_type = values.get("model_type", "mixtral" if is_mixtral else None)
@@ -87,6 +90,17 @@ def config_from_json(values: Mapping[str, Any]) -> ModelConfig:
     config = ModelConfig(**params | _rope_from_json(values, model_type))
     window = _window_from_json(values, model_type, config.n_layers)
     return dataclasses.replace(config, sliding_window=window)
+
+
+def _text_config(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a `Mistral3ForConditionalGeneration` that is about the text model."""
+    text = values.get("text_config")
+    if not isinstance(text, Mapping):
+        raise ValueError(f"text_config must be an object, got {text!r}.")
+    text = check_quantization(text)
+    # The wrapper ties its own head to the text model's embeddings.
+    tied = values.get("tie_word_embeddings", text.get("tie_word_embeddings", True))
+    return {"model_type": "mistral", **text, "tie_word_embeddings": tied}
 
 
 def _rope_from_json(values: Mapping[str, Any], model_type: str) -> dict[str, Any]:

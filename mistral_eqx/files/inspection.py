@@ -60,6 +60,9 @@ def inspect_folder(folder: str | os.PathLike) -> dict[str, str]:
         f"{config.hidden_dim}, vocabulary {config.vocab_size}"
         + (", tied embeddings" if config.tied_embeddings else "")
         + ("" if config.moe is None else f", {config.moe.num_experts} experts"),
+        "vision": f"{len(checkpoint.vision)} tensors, which are left on disk"
+        if checkpoint.vision
+        else "none",
         "parameters": f"{parameters:,}",
         "dtypes": ", ".join(f"{n} tensors {dtype}" for dtype, n in census.most_common()),
         "window": _window(config),

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..arguments import say_once
 from ..config import Llama4Scaling, ModelConfig, MoEConfig, Yarn
+from .wrappers import check_quantization
 
 
 _OTHER_NAMES = {
@@ -41,7 +42,10 @@ def config_from_params(params: Mapping[str, Any]) -> ModelConfig:
     """
     if not isinstance(params, Mapping):
         raise ValueError(f"params.json must hold an object, got {params!r}.")
-    params = plain_numbers(params)
+    params = check_quantization(plain_numbers(params))
+    # What sees the images is left on disk.
+    if isinstance(params.get("vision_encoder"), Mapping):
+        del params["vision_encoder"]
     for other, name in _OTHER_NAMES.items():
         if other in params:
             value = params.pop(other)

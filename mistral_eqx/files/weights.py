@@ -25,8 +25,13 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "F32": np.dtype(np.float32),
 }
-# Those that can be read. JAX has no float64 by default, so these numbers become float32.
-READABLE = DTYPES | {"F64": np.dtype(np.float64)}
+# Those that can be read. JAX has no float64 by default, so these numbers become float32;
+# those in FP8 are read together with their scales, and become bfloat16.
+READABLE = DTYPES | {
+    "F64": np.dtype(np.float64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+}
+_KEPT = DTYPES | {"F64": DTYPES["F32"], "F8_E4M3": DTYPES["BF16"]}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Index = tuple[slice, ...]
 # How many bytes are read at once, so that little beside the result is ever in memory.
@@ -59,7 +64,7 @@ class StoredTensor:
     @property
     def kept_dtype(self) -> np.dtype:
         """The type of the numbers in a model that is loaded or written as it is."""
-        return DTYPES.get(self.dtype, DTYPES["F32"])
+        return _KEPT.get(self.dtype, DTYPES["F32"])
 
     def pieces(self, index: Index) -> Iterator[tuple[slice, np.ndarray]]:
         """Reads the part at `index` in pieces of rows, each with its place in the part."""
@@ -138,6 +143,8 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
                 )
                 for name, header in headers.items()
             }
+            if any(tensor.dtype == "F8_E4M3" for tensor in tensors.values()):
+                tensors = _with_fp8(path, tensors)
             # A tensor with two names is stored once, and the metadata has the other name.
             for name, other in (file.metadata() or {}).items():
                 if other in tensors:
@@ -147,6 +154,29 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
         raise ValueError(
             f"{path} is damaged or not whole ({printable(str(error))}). Download it again."
         ) from error
+
+
+def _with_fp8(path: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The same, but that those in FP8 are read here. The library knows the type, and has no
+    name for it in NumPy."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+
+    def read(offset: int, shape: tuple[int, ...], index: Index) -> np.ndarray:
+        stored = np.memmap(path, np.uint8, "r", offset=offset, shape=shape)
+        return np.array(stored[index]).view(READABLE["F8_E4M3"])
+
+    def own(name: str, tensor: StoredTensor) -> StoredTensor:
+        offset = 8 + size + header[name]["data_offsets"][0]
+        return dataclasses.replace(
+            tensor, read=functools.partial(read, offset, tensor.shape)
+        )
+
+    return {
+        name: own(name, tensor) if tensor.dtype == "F8_E4M3" else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def _read_safetensors(path: Path, name: str, index: Index) -> np.ndarray:
@@ -191,7 +221,7 @@ def open_torch(path: Path) -> dict[str, StoredTensor]:
     ):
         raise ValueError(f"{path} holds other things than named tensors.")
     names = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
-    names[torch.float64] = "F64"
+    names |= {torch.float64: "F64", torch.float8_e4m3fn: "F8_E4M3"}
 
     def stored(name: str, tensor: torch.Tensor) -> StoredTensor:
         dtype = names.get(tensor.dtype, str(tensor.dtype))

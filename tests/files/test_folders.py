@@ -79,6 +79,28 @@ def f8(tensors):
         tensors[name] = tensors[name].astype(ml_dtypes.float8_e4m3fn)
 
 
+def scaled(tensors, scale):
+    name = "layers.0.attention.wk"
+    tensors[f"{name}.weight"] = tensors[f"{name}.weight"].astype(ml_dtypes.float8_e4m3fn)
+    tensors[f"{name}.qscale_weight"] = scale
+
+
+def two_scales(tensors):
+    scaled(tensors, np.ones((), np.float32))
+    tensors["layers.0.attention.wk.weight_scale"] = np.ones((), np.float32)
+
+
+def int8(tensors):
+    for name in tensors:
+        tensors[name] = tensors[name].astype(np.int8)
+
+
+COMPRESSED = {
+    "quant_method": "compressed-tensors",
+    "config_groups": {"group_0": {"weights": {"num_bits": 8, "type": "float"}}},
+}
+
+
 def first_shard(folder):
     return sorted(folder.glob("model-*.safetensors"))[0]
 
@@ -145,7 +167,22 @@ BAD = {
         raw_with(lambda tensors: tensors.update({"norm.weight": np.zeros(33, np.float32)})),
         r"norm.weight has shape \(33,\), but params.json makes it \(32,\)",
     ),
-    "f8": (raw_with(f8), "holds numbers of type F8_E4M3. .* without quantization"),
+    "f8": (
+        raw_with(f8),
+        "wk.weight is in FP8 and has no scale beside it, such as .*wk.qsc",
+    ),
+    "two scales": (
+        raw_with(lambda tensors: two_scales(tensors)),
+        "wk.weight is in FP8 and has 2 scales beside it",
+    ),
+    "a scale of another shape": (
+        raw_with(lambda tensors: scaled(tensors, np.ones(5, np.float32))),
+        r"qscale_weight has shape \(5,\), which is no scale of .*wk.weight",
+    ),
+    "int8": (
+        raw_with(lambda tensors: int8(tensors)),
+        "holds numbers of type I8. .* without quantization",
+    ),
     "a layer too many": (
         lambda folder: write_raw(folder, n_layers=3),
         "params.json: that makes 3 layers, and the files hold 2",
@@ -159,15 +196,15 @@ BAD = {
         r"mlp.gate_proj.weight has shape \(48, 32\), but config.json makes it",
     ),
     "vision": (
-        lambda folder: write_raw(folder, vision_encoder={"hidden_size": 1024}),
-        "params.json has vision_encoder, which this model does not implement",
+        lambda folder: write_raw(folder, multimodal={"whisper_model_args": {}}),
+        "params.json has multimodal, which this model does not implement",
     ),
     "lora in params.json": (
         lambda folder: write_raw(folder, lora={"rank": 64}),
         "params.json has lora, which this model does not implement",
     ),
     "quantization": (
-        lambda folder: write_raw(folder, quantization={"qformat_weight": "fp8_e4m3"}),
+        lambda folder: write_raw(folder, quantization={"qformat_weight": "int4"}),
         "params.json has quantization, which this model does not implement",
     ),
     "latent attention": (
@@ -191,13 +228,27 @@ BAD = {
     ),
     "a lora adapter": (only_adapter, "holds a LoRA adapter, adapter_config.json, and no"),
     "hugging face vision": (
+        hf_with(lambda folder: edit(folder / "config.json", model_type="llava")),
+        "model_type 'llava'. Only text models .* none that sees or hears",
+    ),
+    "a wrapper around nothing": (
         hf_with(lambda folder: edit(folder / "config.json", model_type="mistral3")),
-        "model_type 'mistral3'. Only text models .* none that sees or hears",
+        "config.json cannot be used: text_config must be an object, got None",
+    ),
+    "two quantizations": (
+        hf_with(
+            lambda folder: edit(
+                folder / "config.json",
+                quantization_config={"quant_method": "fp8"},
+                compression_config=COMPRESSED,
+            )
+        ),
+        "config.json cannot be used: quantization_config and .* contradict each other",
     ),
     "hugging face quantization": (
         hf_with(
             lambda folder: edit(
-                folder / "config.json", quantization_config={"quant_method": "fp8"}
+                folder / "config.json", quantization_config={"quant_method": "awq"}
             )
         ),
         "config.json has quantization_config .* which this model does not implement",
