@@ -328,8 +328,3 @@ def test_router_logits_are_of_every_layer():
     hidden, _ = eqx.filter_jit(Transformer.hidden_states)(silent, tokens)
     first = model.layers[0].router_logits(hidden[1])
     assert_close(router_logits[0], first)
-
-
-def test_no_window():
-    with pytest.raises(ValueError, match="sliding_window must be null where there is moe"):
-        ModelConfig(**PARAMS, moe=MoEConfig(4, 2))
