@@ -175,3 +175,57 @@ def test_embedded_model_reads_a_long_prompt():
     long = tokenizer.decode(tokens[3:]) + " And God said"
     assert len(tokenizer.encode(long)) > 7000
     assert len(mx.generate(model, tokenizer, long, max_tokens=8).tokens) == 8
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (
+            lambda b: mx.stream(*b, ["To be"]),
+            r"prompt must be a text \(str\), got \['To be'",
+        ),
+        (
+            lambda b: mx.stream(*b, "a", max_tokens=None),
+            "max_tokens must be a whole number",
+        ),
+        (lambda b: mx.stream(*b, "a", stop=-1), r"stop must be a text .*, got -1 \(int\)"),
+        (lambda b: mx.generate(*b, None), "prompts must be a text .*, got None"),
+        (lambda b: mx.generate(*b, ["a", 5]), r"prompts\[1\] must be a text .*, got 5"),
+        (lambda b: mx.generate(*b, b"a"), "prompts must be a text .*, got b'a'"),
+        (
+            lambda b: mx.generate(*b, "\ud83e"),
+            r"prompts has '\\ud83e' at character 0: that",
+        ),
+        (lambda b: mx.generate(*b, "a", stop=math.inf), "stop must be a text .*, got inf"),
+        (lambda b: mx.generate(*b, "a", top_p="0.5"), "top_p must be a number, got '0.5'"),
+        (lambda b: mx.generate(*b, "a", seed=1.5), "seed must be a whole number, got 1.5"),
+        (lambda b: mx.generate(*b, "a", seed=(1,)), "seed must be a whole number"),
+        (lambda b: mx.generate(*b, "a", alternatives=None), "alternatives must be a whole"),
+        (lambda b: mx.generate(*b, "a", chunk=-0.0), "chunk must be a whole number"),
+        (lambda b: mx.generate(*b, "a", chunk=2**31), "chunk must be at most 1048576, got"),
+        (lambda b: mx.generate(*b, "a", max_tokens=True), "max_tokens must be a whole num"),
+        (lambda b: mx.prefill(b[0], "abc"), "prompts must be lists of token ids, .*'abc'"),
+        (lambda b: mx.prefill(b[0], [[1.5]]), "Prompt 0 must be a list of token ids"),
+        (lambda b: b[1].encode(5), r"text must be a text \(str\), got 5 \(int\)"),
+        (lambda b: b[1].decode([5, 9999]), "a token id must be at most 2047, got 9999"),
+        (lambda b: mx.load(5), r"folder must be a path \(str or Path\), got 5"),
+        (lambda b: mx.load("a\0b"), "folder cannot be a path, got 'a"),
+        (lambda b: mx.load("x" * 300), "folder cannot be a path, got 'xxx"),
+    ],
+)
+def test_wrong_arguments_are_told_at_the_call(call, message, unchecked):
+    """And not by a library, nor at the first `next`. `python tests/fuzz.py` tries more."""
+    with pytest.raises((TypeError, ValueError), match=message):
+        call((random_model(vocab_size=2048), TOKENIZER))
+
+
+def test_numbers_of_numpy_and_jax_are_numbers(unchecked):
+    expected = generate("To be", max_tokens=4, temperature=0.5, top_k=9, seed=3)
+    for integer, number in ((np.int64, np.float32), (jnp.int32, jnp.float32)):
+        numbers = {"max_tokens": integer(4), "temperature": number(0.5)}
+        numbers |= {"top_k": integer(9), "seed": integer(3)}
+        assert generate("To be", **numbers).tokens == expected.tokens
+
+
+def test_a_text_of_nothing_has_a_perplexity_of_one():
+    assert generate("To be", max_tokens=0).perplexity == 1

@@ -1,11 +1,14 @@
 """Text comes back from ids; every version gives the ids of mistral-common, which is the
 authority."""
 
+import base64
+import json
 import shutil
 from pathlib import Path
 
 import mistral_common
 import pytest
+import tokenizers
 from hypothesis import given, settings, strategies as st
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
@@ -174,3 +177,114 @@ def test_tekken_without_mistral_common(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "mistral_common.tokens.tokenizers.tekken", None)
     with pytest.raises(ImportError, match=r'pip install "mistral_eqx\[chat\]"'):
         Tokenizer(DATA / "tekken_240911.json")
+
+
+def tekken(folder, **changes):
+    """A small `tekken.json`, of the 256 bytes."""
+    vocab = [
+        {"rank": i, "token_bytes": base64.b64encode(bytes([i])).decode(), "token_str": None}
+        for i in range(256)
+    ]
+    special = [
+        {"rank": i, "token_str": name, "is_control": True}
+        for i, name in enumerate(changes.pop("names", ["<unk>", "<s>", "</s>"]))
+    ]
+    config = {
+        "pattern": ".",
+        "num_vocab_tokens": 256,
+        "default_vocab_size": 266,
+        "default_num_special_tokens": 10,
+        "version": "v13",
+    }
+    content = {"vocab": vocab, "special_tokens": special, "config": config | changes}
+    (folder / "tekken.json").write_text(json.dumps(content))
+    return folder / "tekken.json"
+
+
+def test_a_tekken_without_its_first_tokens(tmp_path):
+    assert Tokenizer(tekken(tmp_path)).vocab_size == 266
+    with pytest.raises(ValueError, match="tekken.json is not a Tekken, .* <s>"):
+        Tokenizer(tekken(tmp_path, names=["<unk>", "</s>"]))
+
+
+def test_a_tekken_with_absurd_sizes(tmp_path):
+    path = tekken(tmp_path, default_num_special_tokens=10**9, default_vocab_size=2 * 10**9)
+    with pytest.raises(
+        ValueError, match="default_num_special_tokens must be at most 65536"
+    ):
+        Tokenizer(path)
+
+
+def test_pieces_that_are_no_text(tmp_path):
+    content = (TINY_MISTRAL / "tokenizer.model").read_bytes()
+    piece = "king".encode()
+    assert piece in content
+    (tmp_path / "tokenizer.model").write_bytes(content.replace(piece, b"k\xff\xfeg"))
+    with pytest.raises(
+        ValueError, match="tokenizer.model is not a sentencepiece model, or"
+    ):
+        Tokenizer(tmp_path / "tokenizer.model")
+
+
+def test_added_tokens(tmp_path):
+    """As in OpenOrca's and other models' folders: ids beyond the sentencepiece model's."""
+    shutil.copy(TINY_MISTRAL / "tokenizer.model", tmp_path)
+    added = {"<|im_end|>": 2048, "<|im_start|>": 2049}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.vocab_size == 2050
+    assert tokenizer.control_id("<|im_start|>") == 2049
+    text = "<|im_start|>user"
+    assert tokenizer.encode(text) == EMBEDDED.encode(text)
+    assert tokenizer.decode([*EMBEDDED.encode("To be"), 2048]) == "To be"
+    check_vocabulary(tokenizer, 2050)
+    check_vocabulary(tokenizer, 2056)  # rounded up
+    with pytest.raises(ValueError, match="has 2050 ids, but the model has 2049"):
+        check_vocabulary(tokenizer, 2049)
+    for wrong in ('{"a": -1}', "[]", '{"a": "b"}', "{", '{"a": 1e9}'):
+        (tmp_path / "added_tokens.json").write_text(wrong)
+        with pytest.raises(ValueError, match="added_tokens.json cannot be used"):
+            load_tokenizer(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory):
+    """A folder with a `tokenizer.json` and nothing else, as transformers 5 writes it."""
+    folder = tmp_path_factory.mktemp("bpe")
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<unk>", "<s>", "</s>", "[INST]"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    model.train_from_iterator([TEXT], trainer)
+    model.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@given(text=some_text)
+def test_a_tokenizer_json(bpe, text):
+    tokenizer = load_tokenizer(bpe)
+    ids = tokenizer.encode(text)
+    assert ids[0] == tokenizer.bos_id == 1 and tokenizer.eos_id == 2
+    assert tokenizer.decode(ids) == text
+    # The name of a control token in a text is text.
+    assert all(token > 3 for token in ids[1:])
+
+
+def test_the_special_names_of_a_tokenizer_json(bpe, tmp_path):
+    shutil.copy(bpe / "tokenizer.json", tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    names = {"bos_token": "[INST]", "eos_token": {"content": "<unk>"}}
+    path.write_text(json.dumps(names))
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (3, 0)
+    path.write_text(json.dumps({"bos_token": "<bos>"}))
+    with pytest.raises(ValueError, match="tokenizer.json has no token '<bos>'"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="is not a tokenizer.json, or not all of it"):
+        (tmp_path / "tokenizer.json").write_text("{}")
+        load_tokenizer(tmp_path)

@@ -46,6 +46,10 @@ def open_sentencepiece(path: Path) -> Vocabulary:
         raise _unreadable(path, "a sentencepiece model", error) from error
     added = _read_added_tokens(path.parent / "added_tokens.json", n_pieces)
 
+    def decode(ids: list[int]) -> str:
+        # Added tokens are control tokens in all but name, and have no text.
+        return model.decode([i for i in ids if i < n_pieces])
+
     def control_id(name: str) -> int | None:
         token = model.piece_to_id(name)
         return token if model.is_control(token) else added.get(name)
@@ -55,8 +59,7 @@ def open_sentencepiece(path: Path) -> Vocabulary:
         bos_id=model.bos_id(),
         eos_id=model.eos_id(),
         encode=model.encode,
-        # Added tokens are control tokens in all but name.
-        decode=lambda ids: model.decode([i for i in ids if i < n_pieces]),
+        decode=decode if added else model.decode,
         control_id=control_id,
         is_padded=bool(added),
     )
@@ -138,9 +141,7 @@ def open_tokenizer_json(path: Path) -> Vocabulary:
     except BaseException as error:  # tokenizers raises `Exception` itself
         if not is_failure(error):
             raise
-        raise ValueError(
-            f"{path} is not a tokenizer.json: {printable(str(error))}"
-        ) from error
+        raise _unreadable(path, "a tokenizer.json", error) from error
     # The name of a special token in a text is text.
     model.encode_special_tokens = True
     special = {str(token.content): i for i, token in added.items() if token.special}
