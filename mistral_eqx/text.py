@@ -12,6 +12,7 @@ from . import arguments, beams, scoring
 from .decoding import BLOCK
 from .files.checkpoint import load_model
 from .files.folders import read_config
+from .files.hub import local_folder
 from .sampling import Sampling, SamplingOptions
 from .scoring import Scored
 from .tokenizer import Tokenizer, check_vocabulary, load_tokenizer
@@ -32,9 +33,10 @@ def load(
 
     **Arguments:**
 
-    - `folder`: in Mistral's own format or in Hugging Face's, with its tokenizer. Without
-        it, the model that comes with this package, which has read Shakespeare and the
-        Bible.
+    - `folder`: in Mistral's own format or in Hugging Face's, with its tokenizer; or a name
+        on Hugging Face's hub, as "mistralai/Mistral-7B-v0.3", if huggingface_hub is
+        installed. Without it, the model that comes with this package, which has read
+        Shakespeare and the Bible.
     - `dtype`, `mesh`: of the weights, and where they go; see
         [`load_model`][mistral_eqx.load_model].
 
@@ -43,7 +45,10 @@ def load(
     `FileNotFoundError` and `ValueError` as `load_model` does, also if the tokenizer has
     other ids than the model.
     """
-    folder = TINY_MISTRAL if folder is None else Path(arguments.path("folder", folder))
+    if folder is None:
+        folder = TINY_MISTRAL
+    else:
+        folder = local_folder(arguments.path("folder", folder))
     # The tokenizer first: it is read in no time, and the weights may take minutes.
     config = read_config(folder)
     tokenizer = load_tokenizer(folder)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from . import arguments
 from .arguments import printable
+from .files.hub import local_folder
 from .files.vocabulary import (
     is_failure,
     open_sentencepiece,
@@ -103,7 +104,7 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
 
     `FileNotFoundError` if there is none of them, and as [`Tokenizer`][] does.
     """
-    folder = Path(arguments.path("folder", folder))
+    folder = local_folder(arguments.path("folder", folder))
     for pattern in _FILES:
         if files := sorted(folder.glob(pattern), key=_version):
             tokenizer = Tokenizer(files[-1])

@@ -17,6 +17,7 @@ FLOORS = {
     "layers": 2,
     "sampling": 1,
     "files.weights": 0,
+    "files.hub": 0,
     "files.wrappers": 1,
     "files.atomic": 0,
     "devices.processes": 0,

@@ -11,6 +11,7 @@ model goes out as a folder that other programs read.
 | `config_json.py` | the config of a model as Hugging Face's `config.json` has it |
 | `wrappers.py` | a vision encoder around the text model, and weights in FP8 |
 | `huggingface.py` | Hugging Face's names of weights, and its order of rows |
+| `hub.py` | a model by its name on Hugging Face's hub |
 | `folders.py` | which files of a folder hold a model |
 | `vocabulary.py` | the files of tokenizers |
 | `checkpoint.py` | a folder: opened, checked, loaded |

@@ -23,6 +23,7 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 from tqdm import tqdm
 
+from .. import arguments
 from ..arguments import printable, say_once
 from ..config import ModelConfig
 from ..devices.sharding import shardings as shardings_on
@@ -36,6 +37,7 @@ from .folders import (
     read_config_as,
     weight_files,
 )
+from .hub import local_folder
 from .huggingface import from_huggingface, huggingface_name, unstack_experts
 from .weights import (
     DTYPES,
@@ -190,7 +192,7 @@ def open_checkpoint(folder: str | os.PathLike) -> Checkpoint:
 
     `FileNotFoundError` for a missing folder or file, `ValueError` for a damaged one.
     """
-    folder = Path(folder)
+    folder = local_folder(arguments.path("folder", folder))
     format = format_of(folder)
     config = read_config_as(folder, format)
     files, names = weight_files(folder, format)

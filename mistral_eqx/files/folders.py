@@ -10,6 +10,7 @@ from .. import arguments
 from ..arguments import printable, say_once
 from ..config import ModelConfig
 from .config_json import config_from_json
+from .hub import local_folder
 from .params import config_from_params
 
 
@@ -41,7 +42,7 @@ _ADAPTERS = ("adapter_config.json", "adapter_model.*", "*lora*.safetensors")
 def read_config(folder: str | os.PathLike) -> ModelConfig:
     """Reads and checks a folder's `params.json` or `config.json`. Raises as
     [`load_model`][] does."""
-    folder = Path(folder)
+    folder = local_folder(folder)
     return read_config_as(folder, format_of(folder))
 
 
