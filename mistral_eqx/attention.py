@@ -170,13 +170,8 @@ class Attention(eqx.Module):
         for start in range(0, seq, block):
             stop = min(start + block, seq)
             first = 0 if self.window is None else max(0, start - self.window + 1)
-            mask = visible(positions[start:stop], positions[first:stop], self.window)
-            out.append(
-                attend(
-                    queries[start:stop],
-                    keys[:, first:stop],
-                    values[:, first:stop],
-                    mask,
-                )
-            )
+            seen = slice(first, stop)
+            mask = visible(positions[start:stop], positions[seen], self.window)
+            part = attend(queries[start:stop], keys[:, seen], values[:, seen], mask)
+            out.append(part)
         return jnp.concatenate(out)

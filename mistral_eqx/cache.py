@@ -104,9 +104,7 @@ class Cache(eqx.Module):
     def after(self, layers: PyTree[Array], n_tokens: int) -> "Cache":
         """The cache once `n_tokens` more were written into these layers."""
         length = self.length + n_tokens
-        return eqx.tree_at(
-            lambda cache: (cache.layers, cache.length), self, (layers, length)
-        )
+        return eqx.tree_at(lambda c: (c.layers, c.length), self, (layers, length))
 
     @property
     def closed(self) -> Bool[Array, "*batch"]:

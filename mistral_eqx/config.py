@@ -82,8 +82,7 @@ class MoEConfig:
 
     def __post_init__(self):
         for name in ("num_experts", "num_experts_per_tok"):
-            _check_integer(f"moe.{name}", self)
-        _check_count("moe.num_experts", self)
+            _check_integer(f"moe.{name}", self, _MOST)
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"moe.num_experts_per_tok ({self.num_experts_per_tok}) must not be more "
@@ -143,10 +142,16 @@ class ModelConfig:
         if self.rope_theta is None:
             theta = 1e6 if self.sliding_window is None else 1e4
             object.__setattr__(self, "rope_theta", theta)
-        for name in _POSITIVE_INTEGERS:
+        for name in (
+            "dim",
+            "head_dim",
+            "hidden_dim",
+            "n_heads",
+            "n_kv_heads",
+            "vocab_size",
+        ):
             _check_integer(name, self)
-        # Layers and experts are counted one by one, long before any weight is read.
-        _check_count("n_layers", self)
+        _check_integer("n_layers", self, _MOST)
         if self.max_position_embeddings is not None:
             _check_integer("max_position_embeddings", self)
         for name in ("norm_eps", "rope_theta"):
@@ -195,18 +200,8 @@ class ModelConfig:
         return window if isinstance(window, tuple) else (window,)
 
 
-_POSITIVE_INTEGERS = (
-    "dim",
-    "n_layers",
-    "head_dim",
-    "hidden_dim",
-    "n_heads",
-    "n_kv_heads",
-    "vocab_size",
-)
-
-
-# The most layers, and the most experts: several times what any model has.
+# The most layers, and the most experts: several times what any model has. They are counted
+# one by one, long before any weight is read.
 _MOST = 1024
 
 
@@ -215,16 +210,12 @@ def _is_positive_integer(value: Any) -> bool:
     return type(value) is int and 0 < value < 2**31
 
 
-def _check_integer(name: str, owner: Any) -> None:
+def _check_integer(name: str, owner: Any, most: int = 2**31) -> None:
     value = getattr(owner, name.split(".")[-1])
     if not _is_positive_integer(value):
         raise ValueError(f"{name} must be a positive integer, got {value!r}.")
-
-
-def _check_count(name: str, owner: Any) -> None:
-    value = getattr(owner, name.split(".")[-1])
-    if value > _MOST:
-        raise ValueError(f"{name} must be at most {_MOST}, got {value}.")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most}, got {value}.")
 
 
 def _check_number(name: str, owner: Any) -> None:

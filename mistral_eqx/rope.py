@@ -125,7 +125,5 @@ def rotate(
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
     real, imaginary = pairs[..., 0], pairs[..., 1]
     cos, sin = cos[:, None, :], sin[:, None, :]
-    turned = jnp.stack(
-        [real * cos - imaginary * sin, real * sin + imaginary * cos], axis=-1
-    )
-    return turned.reshape(x.shape).astype(x.dtype)
+    turned = [real * cos - imaginary * sin, real * sin + imaginary * cos]
+    return jnp.stack(turned, axis=-1).reshape(x.shape).astype(x.dtype)

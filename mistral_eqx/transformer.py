@@ -106,16 +106,15 @@ class Transformer(eqx.Module):
         - `key`: for the initialisation.
         """
         key_embed, key_out, *keys = jr.split(key, config.n_layers + 2)
-        self.tok_embeddings = Embedding(
-            config.vocab_size, config.dim, dtype=dtype, key=key_embed
-        )
+        vocab_size, dim = config.vocab_size, config.dim
+        self.tok_embeddings = Embedding(vocab_size, dim, dtype=dtype, key=key_embed)
         self.layers = tuple(
             TransformerBlock(config, i, dtype=dtype, key=k) for i, k in enumerate(keys)
         )
-        self.norm = RMSNorm(config.dim, config.norm_eps, dtype=dtype)
+        self.norm = RMSNorm(dim, config.norm_eps, dtype=dtype)
         self.output = None
         if not config.tied_embeddings:
-            self.output = Linear(config.dim, config.vocab_size, dtype=dtype, key=key_out)
+            self.output = Linear(dim, vocab_size, dtype=dtype, key=key_out)
         self.config = config
 
     @property
