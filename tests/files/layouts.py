@@ -8,7 +8,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-import torch
 from models import PARAMS
 
 from mistral_eqx import ModelConfig
@@ -79,11 +78,13 @@ def assert_same_bits(folder, name):
 
 
 def to_torch(array):
+    torch = pytest.importorskip("torch")
     return torch.from_numpy(array.view(np.uint16).copy()).view(torch.bfloat16)
 
 
 def write_torch(folder, tensors, sizes, pattern):
     """Cuts tensors into as many torch files as there are `sizes`."""
+    torch = pytest.importorskip("torch")
     names = list(tensors)
     for i, size in enumerate(sizes):
         part, names = names[:size], names[size:]
