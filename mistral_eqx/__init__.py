@@ -26,6 +26,7 @@ from .files.released import RELEASED as RELEASED
 
 # What stands in these modules takes the place of plain functions of the model.
 from .kernels import cpu as _cpu, experts as _experts  # noqa: F401
+from .kernels.quantized import quantize as quantize
 from .learning.tokenizers import train_tokenizer as train_tokenizer
 from .sampling import Sampling as Sampling
 from .text import (

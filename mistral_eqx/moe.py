@@ -72,7 +72,7 @@ def mix(
         that expert is on another device.
     - `weights`: of the chosen experts.
     """
-    n_experts = experts.w1.weight.shape[0]
+    n_experts = jax.tree.leaves(experts)[0].shape[0]
     # Each expert gets a copy of the tokens. Without copies XLA:CPU transposes the weights.
     copies = jnp.broadcast_to(x[None], (n_experts, *x.shape))
     outputs = jax.vmap(FeedForward.__call__)(experts, copies)

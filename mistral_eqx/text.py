@@ -27,6 +27,7 @@ def load(
     folder: str | os.PathLike | None = None,
     *,
     dtype: DTypeLike | None = None,
+    quantize: str | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[Transformer, Tokenizer]:
     """Loads a model and its tokenizer.
@@ -37,7 +38,7 @@ def load(
         on Hugging Face's hub, as "mistralai/Mistral-7B-v0.3", if huggingface_hub is
         installed. Without it, the model that comes with this package, which has read
         Shakespeare and the Bible.
-    - `dtype`, `mesh`: of the weights, and where they go; see
+    - `dtype`, `quantize`, `mesh`: of the weights, in how many bits, and where they go; see
         [`load_model`][mistral_eqx.load_model].
 
     **Raises:**
@@ -53,7 +54,8 @@ def load(
     config = read_config(folder)
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, config.vocab_size)
-    return load_model(folder, dtype=dtype, mesh=mesh), tokenizer
+    model = load_model(folder, dtype=dtype, quantize=quantize, mesh=mesh)
+    return model, tokenizer
 
 
 @overload

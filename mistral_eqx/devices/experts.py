@@ -22,20 +22,21 @@ def mix_where_experts_are(
     """[`mistral_eqx.moe.mix`][]: every device mixes what its experts, or its part of every
     expert, make of its tokens, and the devices add up. Left to itself the compiler would
     bring all experts together."""
-    shape, mesh = x.shape, mesh_of_array(experts.w1.weight)
+    shape, mesh = x.shape, mesh_of_array(jax.tree.leaves(experts)[0])
     x, chosen, weights = (a.reshape(-1, a.shape[-1]) for a in (x, chosen, weights))
     if mesh is None or all(mesh.shape[a] == 1 for a in mesh.shape if a != "pipe"):
         return dispatch(experts, x, chosen, weights).reshape(shape)
-    n_experts, sums = experts.w1.weight.shape[0], ("expert", *MODEL)
+    n_experts, sums = jax.tree.leaves(experts)[0].shape[0], ("expert", *MODEL)
 
     def here(first, experts, x, chosen, weights):
         mixed = dispatch(experts, x, chosen - first[0], weights)
         return jax.lax.psum(mixed.astype(jnp.float32), sums).astype(x.dtype)
 
     def spec(path, leaf):
-        inside, outside = ("expert", MODEL), ("expert", None, MODEL)
-        of_w2 = "w2" in jax.tree_util.keystr(path)
-        return PartitionSpec(*(outside if of_w2 else inside))
+        if "w2" not in jax.tree_util.keystr(path):
+            return PartitionSpec("expert", MODEL)
+        # A scale that is one for a whole row is not cut with the row.
+        return PartitionSpec("expert", None, MODEL if leaf.shape[-1] > 1 else None)
 
     rows, each = rows_spec(x.shape[0], mesh), n_experts // mesh.shape["expert"]
     run_here = jax.shard_map(

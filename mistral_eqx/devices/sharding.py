@@ -3,6 +3,7 @@
 No module outside of this wing uses a `PartitionSpec`.
 """
 
+import math
 from collections.abc import Sequence
 
 import equinox as eqx
@@ -70,7 +71,13 @@ def shardings(model: eqx.Module, mesh: Mesh | AbstractMesh) -> PyTree[NamedShard
 
     def sharding(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        spec = next((_WEIGHTS[end] for end in _WEIGHTS if name.endswith(end)), ())
+        # A quantized weight has `values` and `scales` in place of `weight`.
+        stem, _, kind = name.rpartition(".")
+        spec = next(
+            (_WEIGHTS[end] for end in _WEIGHTS if f"{stem}.weight".endswith(end)), ()
+        )
+        if kind == "scales":
+            spec = _scales_spec(name, spec, leaf.shape[-1], mesh)
         if ".experts." in name:
             spec = ("expert", *spec)
         if name.startswith("layers.blocks."):
@@ -78,6 +85,21 @@ def shardings(model: eqx.Module, mesh: Mesh | AbstractMesh) -> PyTree[NamedShard
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree_util.tree_map_with_path(sharding, model)
+
+
+def _scales_spec(name: str, spec: tuple, groups: int, mesh: Mesh | AbstractMesh) -> tuple:
+    """That of a weight, or of its rows alone if each of them has one scale."""
+    if groups == 1:
+        return spec[:1]
+    axes = (spec[1],) if isinstance(spec[1], str) else spec[1]
+    parts = math.prod(mesh.shape[axis] for axis in axes)
+    if groups % parts != 0:
+        raise ValueError(
+            f"{name}: the {groups} groups of numbers that share a scale cannot be divided "
+            f"among {parts} devices. Quantize to int8, which has one scale for a row, or "
+            "choose another mesh."
+        )
+    return spec
 
 
 def n_row_groups(model: eqx.Module) -> int:

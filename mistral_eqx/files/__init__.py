@@ -15,6 +15,7 @@ model goes out as a folder that other programs read.
 | `folders.py` | which files of a folder hold a model |
 | `vocabulary.py` | the files of tokenizers |
 | `checkpoint.py` | a folder: opened, checked, loaded |
+| `quantizing.py` | weights that become eight or four bits while they are read |
 | `export.py` | a folder: written, or converted to the other format |
 | `released.py` | the shapes of released models, by name |
 | `inspection.py` | what a folder holds, and what it needs on a mesh, without its weights |

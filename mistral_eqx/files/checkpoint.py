@@ -29,6 +29,7 @@ from ..config import ModelConfig
 from ..devices.sharding import shardings as shardings_on
 from ..devices.stages import in_stages
 from ..kernels import dtypes
+from ..kernels.quantized import check_scheme
 from ..transformer import Transformer
 from .folders import (
     CONFIGS,
@@ -39,6 +40,7 @@ from .folders import (
 )
 from .hub import local_folder
 from .huggingface import from_huggingface, huggingface_name, unstack_experts
+from .quantizing import quantized_skeleton, quantized_tensors
 from .weights import (
     DTYPES,
     READABLE,
@@ -234,6 +236,7 @@ def load_model(
     folder: str | os.PathLike,
     *,
     dtype: DTypeLike | None = None,
+    quantize: str | None = None,
     mesh: Mesh | None = None,
     shardings: PyTree | None = None,
 ) -> Transformer:
@@ -248,6 +251,10 @@ def load_model(
     - `dtype`: of the weights. By default they keep the file's, except on a CPU, where
         float32 is exact and is chosen if the model fits in half of the machine's memory
         that way; bfloat16 is up to twice as fast.
+    - `quantize`: `"int8"` or `"int4"`, as in [`quantize`][mistral_eqx.quantize]. Each
+        weight is quantized while it is read, so that no more than a part of one is in
+        memory in another form. `dtype` is then that of the embeddings and of what goes
+        through the model.
     - `mesh`: to spread the model over as [`shard`][mistral_eqx.shard] does. Each device
         then reads its own part of the files, in every process.
     - `shardings`: instead of a mesh, a tree like the model with a `jax.sharding.Sharding`
@@ -265,10 +272,15 @@ def load_model(
     """
     if mesh is not None and shardings is not None:
         raise ValueError("Give a mesh or shardings, not both.")
+    if quantize is not None:
+        check_scheme(quantize)
     checkpoint = open_checkpoint(folder)
     checkpoint.check()
     config, tensors = checkpoint.config, checkpoint.tensors
     model = skeleton(config)
+    if quantize is not None:
+        model = quantized_skeleton(model, quantize)
+        tensors = quantized_tensors(tensors, quantize)
     if mesh is not None:
         model = in_stages(model, mesh)
         shardings = shardings_on(model, mesh)
@@ -282,7 +294,7 @@ def load_model(
     dtype = np.dtype(_default_dtype(checkpoint) if dtype is None else dtype)
     bar = tqdm(
         desc="load",
-        total=sum(tensor.size * dtype.itemsize for tensor in tensors.values()),
+        total=sum(leaf.size * _dtype(path, leaf, dtype).itemsize for path, leaf in leaves),
         unit="B",
         unit_scale=True,
         disable=None,
@@ -292,10 +304,15 @@ def load_model(
         for (path, leaf), sharding in zip(leaves, shardings):
             parts = stored_parts(weight_name(path), leaf.shape, config)
             tensor = stack([tensors[part] for part in parts], leaf.shape)
-            read = _read_once(tensor, dtype)
+            read = _read_once(tensor, _dtype(path, leaf, dtype))
             weights.append(jax.make_array_from_callback(tensor.shape, sharding, read))
-            bar.update(tensor.size * dtype.itemsize)
+            bar.update(weights[-1].size * weights[-1].dtype.itemsize)
     return jax.tree_util.tree_unflatten(treedef, weights)
+
+
+def _dtype(path: tuple, leaf: jax.ShapeDtypeStruct, dtype: np.dtype) -> np.dtype:
+    """That of an array of the model. Quantized weights have their own."""
+    return leaf.dtype if path[-1].name in ("values", "scales") else dtype
 
 
 def _read_once(

@@ -31,6 +31,8 @@ READABLE = DTYPES | {
     "F64": np.dtype(np.float64),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
 }
+# Those of weights that are quantized while they are read.
+_SIZES = {name: dtype.itemsize for name, dtype in READABLE.items()} | {"I8": 1, "U8": 1}
 _KEPT = DTYPES | {"F64": DTYPES["F32"], "F8_E4M3": DTYPES["BF16"]}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Index = tuple[slice, ...]
@@ -70,7 +72,7 @@ class StoredTensor:
         """Reads the part at `index` in pieces of rows, each with its place in the part."""
         bounds = [range(n)[part] for n, part in zip(self.shape, index)]
         rows, rest = bounds[0], [len(part) for part in bounds[1:]]
-        step = max(1, PIECE // (READABLE[self.dtype].itemsize * int(np.prod(rest)) or 1))
+        step = max(1, PIECE // (_SIZES[self.dtype] * int(np.prod(rest)) or 1))
         # Whole heads of up to 256 rows: they may have to be permuted.
         step = max(256, step // 256 * 256)
         for start in range(0, len(rows), step):

@@ -7,6 +7,7 @@ where XLA needs help.
 |---|---|
 | `replaced.py` | the mechanism: `replaceable` functions, and what `replaces` them |
 | `cpu.py` | products and attention in the loops that XLA runs fast on a CPU |
+| `quantized.py` | weights in eight or four bits, and products with them |
 | `dtypes.py` | the best dtype for weights and cache where nobody asks for one |
 | `experts.py` | Mixtral's experts at the cost of the chosen ones |
 """

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int32
 
 from ..layers import FeedForward, product
 from ..moe import mix
-from . import cpu
+from . import cpu, quantized
 from .replaced import replaces
 
 
@@ -33,7 +33,7 @@ def dispatch(
     weights: Float[Array, "seq top_k"],
 ) -> Float[Array, "seq dim"]:
     (seq, top_k), dim = chosen.shape, x.shape[1]
-    n_experts = experts.w1.weight.shape[0]
+    n_experts = jax.tree.leaves(experts)[0].shape[0]
     block, n_blocks = block_sizes(chosen.size, n_experts)
     # The tokens of an expert get whole blocks. `slot` is the row in which each pair of a
     # token and an expert goes; pairs of absent experts get `slots`, which is no row.
@@ -70,9 +70,13 @@ def _one_token(expert: FeedForward, x: Float[Array, "1 dim"]) -> Float[Array, "1
     out of the stack."""
 
     def project(x, linear):
-        plain = lambda x, weight: product.plain(x, weight)
-        few = lambda x, weight: cpu.product_of_few_rows(x, weight).astype(x.dtype)
-        return jax.lax.platform_dependent(x, linear.weight, cpu=few, default=plain)
+        if isinstance(linear, quantized.QuantizedLinear):
+            parts, multiply = (linear.values, linear.scales), quantized.quantized_product
+            few = quantized.product_of_few_rows
+        else:
+            parts, multiply, few = (linear.weight,), product, cpu.product_of_few_rows
+        on_cpu = lambda x, *parts: few(x, *parts).astype(x.dtype)
+        return jax.lax.platform_dependent(x, *parts, cpu=on_cpu, default=multiply.plain)
 
     gate = jax.nn.silu(project(x, expert.w1))
     return project(gate * project(x, expert.w3), expert.w2)

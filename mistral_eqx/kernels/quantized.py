@@ -1,0 +1,229 @@
+"""Weights in eight or four bits, and products with them.
+
+A weight is stored as whole numbers and their scales. In int8 a row of the matrix has one
+scale, or each 32 numbers of it have one. In int4 it is always the latter, with two numbers
+in a byte. That is how GGUF files have their Q8_0 and Q4_0, which stay exactly as they are.
+The whole numbers become floats while they are read.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int8, UInt8
+
+from ..layers import Linear
+from . import cpu
+from .replaced import replaceable, replaces
+
+
+SCHEMES = ("int8", "int4")
+# How many numbers of a row share a scale, where a row has several.
+GROUP = 32
+Values = Int8[Array, "*stack out in"] | UInt8[Array, "*stack out half"]
+Scales = Float[Array, "*stack out groups"]
+Model = TypeVar("Model", bound=eqx.Module)
+
+
+class QuantizedLinear(eqx.Module):
+    """In place of a [`Linear`][mistral_eqx.layers.Linear] whose weight is
+    `values * scales`.
+
+    int4 keeps numbers from -8 to 7 as 0 to 15. The low halves of a group's 16 bytes are
+    its first 16 numbers, and the high halves its last 16.
+    """
+
+    values: Values
+    scales: Scales
+
+    def __call__(self, x: Float[Array, "*seq in"]) -> Float[Array, "*seq out"]:
+        return quantized_product(x, self.values, self.scales)
+
+
+@replaceable(shared=("values", "scales"))
+def quantized_product(
+    x: Float[Array, "*seq in"], values: Values, scales: Scales
+) -> Float[Array, "*seq out"]:
+    """[`mistral_eqx.layers.product`][] with a weight in eight or four bits. The weight is
+    in the dtype of `x`, and sums are in float32."""
+    x, weight, factor = _together(x, values, scales)
+    out = jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=jnp.float32)
+    return (factor * out).astype(x.dtype)
+
+
+@replaces(quantized_product, on="cpu")
+def quantized_product_on_cpu(
+    x: Float[Array, "batch *seq in"], values: Values, scales: Scales
+) -> Float[Array, "batch *seq out"]:
+    """[`quantized_product`][]. The barrier makes the weight depend on `x`: otherwise XLA
+    converts all weights before the loop of decode steps."""
+    x, values, scales = jax.lax.optimization_barrier((x, values, scales))
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.shape[0] < 4:
+        out = product_of_few_rows(rows, values, scales)
+    else:
+        rows, weight, factor = _together(rows, values, scales)
+        out = factor * cpu.project(rows, weight)
+    return out.reshape(*x.shape[:-1], -1).astype(x.dtype)
+
+
+def product_of_few_rows(
+    x: Float[Array, "rows in"], values: Values, scales: Scales
+) -> Float32[Array, "rows out"]:
+    """On a CPU, in one loop that makes floats of the weight while it reads it; in two for
+    the halves of int4."""
+    # In float32 the parts of `x` are written to memory, and not computed in the loop.
+    pairs, factor = _parts(x.astype(jnp.float32), values, scales)
+    cuts = (cut for pair in pairs for cut in _cuts(*pair))
+    return factor * sum(cpu.product_of_few_rows(*cut) for cut in cuts)
+
+
+def _cuts(
+    x: Float[Array, "rows in"], weight: Float[Array, "out in"]
+) -> list[tuple[Float[Array, "rows cut"], Float[Array, "out cut"]]]:
+    """Columns that are not too many for the fastest loop, which is that of one row."""
+    width = x.shape[1]
+    least = -(-width // cpu.LONGEST_VECTOR) if x.shape[0] == 1 else 1
+    n = next(n for n in range(least, width + 1) if width % n == 0)
+    return list(zip(jnp.split(x, n, axis=1), jnp.split(weight, n, axis=1)))
+
+
+def _together(
+    x: Float[Array, "*seq in"], values: Values, scales: Scales
+) -> tuple[Float[Array, "*seq in"], Float[Array, "out in"], Float32[Array, "out"] | float]:
+    """`x` and the weight in the same order of columns, and a factor of their product."""
+    pairs, factor = _parts(x, values, scales)
+    # XLA:CPU computes the sum of two such products wrongly where a softmax follows.
+    join = lambda arrays: jnp.concatenate(arrays, axis=-1) if arrays[1:] else arrays[0]
+    xs, weights = zip(*pairs)
+    return join(xs), join([weight.astype(x.dtype) for weight in weights]), factor
+
+
+def _parts(
+    x: Float[Array, "*seq in"], values: Values, scales: Scales
+) -> tuple[
+    list[tuple[Float[Array, "*seq part"], Float32[Array, "out part"]]],
+    Float32[Array, "out"] | float,
+]:
+    """Columns of `x` and of the weight that belong together. The sum of their products,
+    times the factor, is the product."""
+    if scales.shape[-1] == 1:
+        return [(x, values.astype(jnp.float32))], scales[:, 0].astype(jnp.float32)
+    if values.dtype == jnp.int8:
+        return [(x, _scaled(values, scales))], 1.0
+    # The two numbers of a byte are half a group apart.
+    halves = x.reshape(*x.shape[:-1], -1, 2, GROUP // 2)
+    part = lambda i: halves[..., i, :].reshape(*x.shape[:-1], -1)
+    nibbles = enumerate(_nibbles(values))
+    return [(part(i), _scaled(half, scales)) for i, half in nibbles], 1.0
+
+
+def _nibbles(values: UInt8[Array, "*shape"]) -> list[Int8[Array, "*shape"]]:
+    return [half.astype(jnp.int8) - 8 for half in (values & 15, values >> 4)]
+
+
+def _scaled(
+    values: Int8[Array, "out part"], scales: Float[Array, "out groups"]
+) -> Float32[Array, "out part"]:
+    groups = values.reshape(*scales.shape, -1).astype(jnp.float32)
+    return (groups * scales.astype(jnp.float32)[:, :, None]).reshape(values.shape)
+
+
+def quantized(weight: Float[Array, "*stack out in"], scheme: str) -> tuple[Values, Scales]:
+    """The values and scales nearest to a weight: in int8 one scale for each row, float32;
+    in int4 one for each group, float16, as llama.cpp makes a Q4_0."""
+    weight = weight.astype(jnp.float32)
+    if scheme == "int8":
+        scales = jnp.max(jnp.abs(weight), axis=-1, keepdims=True) / 127
+        return jnp.round(weight * _inverse(scales)).astype(jnp.int8), scales
+    groups = weight.reshape(*weight.shape[:-1], -1, GROUP)
+    # The number that is farthest from zero becomes -8, which has no positive partner.
+    farthest = jnp.argmax(jnp.abs(groups), axis=-1, keepdims=True)
+    scales = jnp.take_along_axis(groups, farthest, axis=-1) / -8
+    numbers = jnp.clip(jnp.floor(groups * _inverse(scales) + 8.5), 0, 15)
+    return packed(numbers.astype(jnp.uint8)), scales[..., 0].astype(jnp.float16)
+
+
+def packed(numbers: UInt8[Array, "*shape groups 32"]) -> UInt8[Array, "*shape half"]:
+    """Numbers from 0 to 15, two in a byte."""
+    low, high = numbers[..., : GROUP // 2], numbers[..., GROUP // 2 :]
+    return (low | (high << 4)).reshape(*numbers.shape[:-2], -1)
+
+
+def _inverse(scales: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
+    return jnp.where(scales == 0, 0, 1 / scales)
+
+
+def quantize(model: Model, scheme: str) -> Model:
+    """A model with its weights in eight or four bits, but for embeddings, norms and
+    routers. It writes and scores as any other; it cannot be trained.
+
+    **Arguments:**
+
+    - `model`: a [`Transformer`][mistral_eqx.Transformer]. It stays as it is.
+    - `scheme`: `"int8"`, with a scale for each row, which costs next to no quality; or
+        `"int4"`, with a scale for each 32 numbers, in half of the memory.
+
+    **Raises:**
+
+    `ValueError` for another scheme, for a model that is quantized already, or for a width
+    that int4 cannot cut into groups of 32.
+    """
+    if is_quantized(model):
+        raise ValueError("The model is quantized already: quantize the one it comes from.")
+    check_scheme(scheme)
+    parts = jax.jit(quantized, static_argnames="scheme")
+
+    def make(name: str, weight: Array) -> tuple[Values, Scales]:
+        check_width(name, weight.shape[-1], scheme)
+        return parts(weight, scheme=scheme)
+
+    return with_quantized(model, make)
+
+
+def check_scheme(scheme: str) -> None:
+    """Raises `ValueError` for what is none."""
+    if scheme not in SCHEMES:
+        raise ValueError(f'quantize must be "int8" or "int4", got {scheme!r}.')
+
+
+def check_width(name: str, width: int, scheme: str) -> None:
+    """Raises `ValueError` for a weight that has no groups of 32."""
+    if scheme == "int4" and width % GROUP != 0:
+        raise ValueError(
+            f"{name} is {width} wide, and int4 needs a multiple of {GROUP}: use int8."
+        )
+
+
+def is_quantized(model: eqx.Module) -> bool:
+    is_one = lambda node: isinstance(node, QuantizedLinear)
+    return any(map(is_one, jax.tree.leaves(model, is_leaf=is_one)))
+
+
+def with_quantized(
+    model: Model, make: Callable[[str, Array], tuple[Values, Scales]]
+) -> Model:
+    """The model with a [`QuantizedLinear`][] in place of every linear layer but routers.
+
+    **Arguments:**
+
+    - `model`: if its embeddings are its output as well, it gets an output of its own.
+    - `make`: values and scales from the name of a layer and its weight.
+    """
+
+    def instead(path: tuple, node: eqx.Module) -> eqx.Module:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if not isinstance(node, Linear) or name.endswith(".gate"):
+            return node
+        return QuantizedLinear(*make(name, node.weight))
+
+    is_linear = lambda node: isinstance(node, Linear)
+    tied, table = model.output is None, model.tok_embeddings.weight
+    model = jax.tree_util.tree_map_with_path(instead, model, is_leaf=is_linear)
+    if tied:
+        output = QuantizedLinear(*make("output", table))
+        is_none = lambda node: node is None
+        model = eqx.tree_at(lambda m: m.output, model, output, is_leaf=is_none)
+    return model
