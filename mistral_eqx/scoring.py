@@ -14,6 +14,7 @@ from tqdm import tqdm
 from .cache import Cache, chunk_sizes
 from .decoding import make_cache
 from .devices.processes import to_host
+from .devices.sharding import replicate
 from .prompts import (
     checked_alternatives,
     checked_chunk,
@@ -110,6 +111,34 @@ def _score_chunk(
     top_logprobs, top_tokens = jax.lax.top_k(logprobs, alternatives)
     logprobs = jnp.take_along_axis(logprobs, targets[:, None], axis=1)[:, 0]
     return cache, logprobs, top_tokens, top_logprobs
+
+
+def divergence(
+    model: Transformer, other: Transformer, tokens: Sequence[int], *, length: int = 256
+) -> float:
+    """How far the predictions of another model are from a model's: the mean over all places
+    of the Kullback-Leibler divergence, in nats.
+
+    **Arguments:**
+
+    - `model`, `other`: of one vocabulary.
+    - `tokens`: a text, which both read in slices.
+    - `length`: of a slice, in tokens.
+    """
+    slices = [tokens[i : i + length] for i in range(0, len(tokens), length)]
+    found = [
+        to_host(_divergence(model, other, replicate(jnp.asarray(part), model)))
+        for part in tqdm(slices, "compare", unit="slice", delay=1, disable=None)
+    ]
+    return float(np.concatenate(found).mean())
+
+
+@jax.jit
+def _divergence(
+    model: Transformer, other: Transformer, tokens: Int32[Array, "seq"]
+) -> Float32[Array, "seq"]:
+    p, q = (jax.nn.log_softmax(m(tokens)[0]) for m in (model, other))
+    return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
 
 
 def perplexity(logprobs: Sequence[float]) -> float:

@@ -10,9 +10,18 @@ import jax
 from ..devices.sharding import shard
 from ..files.checkpoint import load_model
 from ..files.released import RELEASED
+from ..kernels.quantized import quantize
 from ..text import TINY_MISTRAL
 from .measure import bench, check_options, random_model, table
-from .options import add_devices, add_dtype, add_model, adder, folder_of, mesh_of
+from .options import (
+    add_devices,
+    add_dtype,
+    add_model,
+    add_quantize,
+    adder,
+    folder_of,
+    mesh_of,
+)
 
 
 HELP = "measure how fast a model runs here: a table on a terminal, JSON elsewhere"
@@ -30,6 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_dtype(
         parser, "the dtype of the weights; without it float32 on a CPU, if there is room"
     )
+    add_quantize(parser)
     add("--batch", type=int, default=1, metavar="N", help="how many rows at once")
     add("--prompt", type=int, default=512, metavar="N", help="tokens to read in each row")
     add("--tokens", type=int, default=64, metavar="N", help="tokens to write in each row")
@@ -55,9 +65,12 @@ def run(options: argparse.Namespace) -> None:
     start = time.perf_counter()
     if options.shape is not None:
         model = random_model(RELEASED[options.shape], dtype=options.dtype)
+        if options.quantize is not None:
+            model = quantize(model, options.quantize)
         model = model if mesh is None else shard(model, mesh)
     else:
-        model = load_model(folder_of(options), dtype=options.dtype, mesh=mesh)
+        how = {"dtype": options.dtype, "quantize": options.quantize, "mesh": mesh}
+        model = load_model(folder_of(options), **how)
     jax.block_until_ready(model)
     source = "load" if options.shape is None else "random weights"
     report = {

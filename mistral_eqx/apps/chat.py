@@ -4,7 +4,15 @@ import argparse
 import sys
 
 from ..chat import Chat
-from .options import add_devices, add_model, add_sampling, adder, load_both, sampling_of
+from .options import (
+    add_devices,
+    add_model,
+    add_quantize,
+    add_sampling,
+    adder,
+    load_both,
+    sampling_of,
+)
 from .terminal import ask, complain, interruptible, show, text
 
 
@@ -21,6 +29,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="show what a model that reasons thinks, and the tools that it calls",
     )
     add_sampling(parser, max_tokens=256)
+    add_quantize(parser)
     add_devices(parser)
 
 

@@ -7,6 +7,7 @@ from .options import (
     add_devices,
     add_max_tokens,
     add_model,
+    add_quantize,
     add_temperature,
     check_max_tokens,
     load_both,
@@ -22,6 +23,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_model(parser, positional=True)
     add_max_tokens(parser, 35)
     add_temperature(parser, 0.0)
+    add_quantize(parser)
     add_devices(parser)
 
 

@@ -3,8 +3,9 @@
 import argparse
 import math
 
-from ..text import score
-from .options import add_devices, add_model, load_both
+from ..scoring import divergence
+from ..text import load, score
+from .options import add_devices, add_model, add_quantize, folder_of, load_both, mesh_of
 from .terminal import read_text, split_held_out
 
 
@@ -20,6 +21,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="measure the last tenth only, which training never sees",
     )
+    add_quantize(parser)
     add_devices(parser)
 
 
@@ -36,3 +38,10 @@ def run(options: argparse.Namespace) -> None:
     print(f"bytes           {size}")
     print(f"nats per token  {nats / len(scored.tokens):.4f}")
     print(f"bits per byte   {nats / math.log(2) / size:.4f}")
+    if options.quantize is not None:
+        exact, _ = load(folder_of(options), mesh=mesh_of(options))
+        before = -math.fsum(score(exact, tokenizer, text).logprobs)
+        apart = divergence(exact, model, tokenizer.encode(text))
+        print(f"not quantized   {before / math.log(2) / size:.4f} bits per byte")
+        print(f"lost            {100 * (nats / before - 1):.3f} percent")
+        print(f"KL divergence   {apart:.6f} nats per token")

@@ -6,7 +6,15 @@ import json
 import sys
 
 from ..text import beam_search, generate, stream
-from .options import add_devices, add_model, add_sampling, adder, load_both, sampling_of
+from .options import (
+    add_devices,
+    add_model,
+    add_quantize,
+    add_sampling,
+    adder,
+    load_both,
+    sampling_of,
+)
 from .terminal import RULE, read_text, show, text
 
 
@@ -34,6 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="print one JSON object a line: prompt, text, reasoning, tool_calls, tokens, "
         "logprobs, reason, score",
     )
+    add_quantize(parser)
     add_devices(parser)
 
 

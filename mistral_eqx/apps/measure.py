@@ -24,7 +24,7 @@ from ..cache import Cache
 from ..config import ModelConfig
 from ..decoding import BLOCK, DecodeState, decode, make_cache, prefill
 from ..devices.sharding import replicate, shard_rows
-from ..files.checkpoint import weight_shapes
+from ..files.checkpoint import weight_name, weight_shapes
 from ..kernels import dtypes
 from ..prompts import default_chunk, next_power_of_two
 from ..transformer import Transformer
@@ -62,7 +62,7 @@ def random_model(config: ModelConfig, *, dtype: DTypeLike | None = None) -> Tran
     return Transformer(config, dtype=dtype, key=jr.key(0))
 
 
-def decode_bytes(config: ModelConfig, *, batch: int, context: int, itemsize: int) -> float:
+def decode_bytes(model: Transformer, *, batch: int, context: int) -> float:
     """The bytes that a decode step of a batch cannot do without: every weight once, and the
     keys and values that the rows see.
 
@@ -72,23 +72,22 @@ def decode_bytes(config: ModelConfig, *, batch: int, context: int, itemsize: int
 
     **Arguments:**
 
-    - `config`: of the model.
+    - `model`: or its skeleton. A key's number has the dtype of its embeddings.
     - `batch`: rows.
     - `context`: the tokens behind each, the one that is fed included.
-    - `itemsize`: bytes of a weight, which are those of a key's number too.
     """
-    numbers = 0.0
-    for name, shape in weight_shapes(config).items():
-        share = 1.0
-        if name == "tok_embeddings.weight" and not config.tied_embeddings:
+    config, size = model.config, 0.0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model):
+        name, share = weight_name(path), 1.0
+        if name == "tok_embeddings.weight" and model.output is not None:
             share = min(1, batch / config.vocab_size)
         elif ".experts." in name:
             experts, chosen = config.moe.num_experts, config.moe.num_experts_per_tok
             share = 1 - (1 - chosen / experts) ** batch
-        numbers += share * math.prod(shape)
+        size += share * leaf.size * leaf.dtype.itemsize
     seen = sum(context if w is None else min(w, context) for w in config.windows)
-    numbers += batch * 2 * config.n_kv_heads * config.head_dim * seen
-    return itemsize * numbers
+    numbers = batch * 2 * config.n_kv_heads * config.head_dim * seen
+    return size + numbers * np.dtype(model.dtype).itemsize
 
 
 def prefill_flops(config: ModelConfig, *, tokens: int) -> int:
@@ -188,7 +187,7 @@ def bench(
     n_devices = len(model.norm.weight.devices())
     bandwidth = n_devices * max(bandwidths)
     context = prompt + (tokens + 1) // 2
-    size = decode_bytes(config, batch=batch, context=context, itemsize=itemsize)
+    size = decode_bytes(model, batch=batch, context=context)
     flops = batch * prefill_flops(config, tokens=prompt)
     compiling = [max(0.0, a - statistics.median(b)) for a, b in zip(first, zip(*runs))]
     written = batch * (tokens - 1) / writing if tokens > 1 else None
@@ -199,7 +198,8 @@ def bench(
         "cores": _cores(),
         "jax": jax.__version__,
         "dtype": str(np.dtype(model.dtype)),
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(model)),
+        "quantize": _scheme(model),
+        "parameters": sum(math.prod(shape) for shape in weight_shapes(config).values()),
         "batch": batch,
         "prompt": prompt,
         "tokens": tokens,
@@ -249,7 +249,7 @@ def table(report: dict[str, Any]) -> str:
             f"{report['devices']} x {report['device']} ({report['platform']}), "
             f"{report['cores']} cores",
         ),
-        ("weights", f"{report['parameters']:,} in {report['dtype']}"),
+        ("weights", f"{report['parameters']:,} in {report['quantize'] or report['dtype']}"),
         ("run", f"{report['batch']} x ({report['prompt']} + {report['tokens']} tokens)"),
     ]
     if "load" in report:
@@ -276,6 +276,13 @@ def table(report: dict[str, Any]) -> str:
         told = _told(row["seconds_per_step"], 1e-3, "ms a step")
         rows.append(("" if i else "context", f"{row['length']:>6,} tokens: {told}"))
     return "\n".join(f"{name:<16}{value}" for name, value in rows)
+
+
+def _scheme(model: Transformer) -> str | None:
+    """In what the weights are quantized."""
+    schemes = {jnp.dtype(jnp.int8): "int8", jnp.dtype(jnp.uint8): "int4"}
+    dtypes = [leaf.dtype for leaf in jax.tree.leaves(model)]
+    return next((scheme for dtype, scheme in schemes.items() if dtype in dtypes), None)
 
 
 def _run(

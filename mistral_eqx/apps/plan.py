@@ -6,7 +6,7 @@ from ..devices.mesh import parse_mesh
 from ..files.folders import read_config
 from ..files.inspection import plan
 from ..files.released import RELEASED
-from .options import add_dtype, add_model, adder, folder_of
+from .options import add_dtype, add_model, add_quantize, adder, folder_of
 
 
 HELP = (
@@ -39,6 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="how many tokens of each row the cache holds",
     )
     add_dtype(parser, "the dtype of weights and cache", default="bfloat16")
+    add_quantize(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -54,6 +55,7 @@ def run(options: argparse.Namespace) -> None:
         batch=options.batch,
         context=options.context,
         dtype=options.dtype,
+        quantize=options.quantize,
     )
     for name, value in told.items():
         print(f"{name:<12}{value}")

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ..config import ModelConfig
 from ..devices.processes import to_host
+from ..kernels.quantized import is_quantized
 from ..transformer import Transformer
 from .atomic import whole_folder
 from .checkpoint import open_checkpoint, stored_parts, weight_name, weight_shapes
@@ -70,6 +71,11 @@ def save(
     `FileExistsError` if `folder` is there already: nothing is overwritten without `force`.
     `ValueError` for an unknown format or dtype, or a model that the format cannot hold.
     """
+    if is_quantized(model):
+        raise ValueError(
+            "A quantized model cannot be saved: neither format has its numbers. Save the "
+            "model that it was made from, and quantize it when it is loaded."
+        )
     leaves, _ = jax.tree_util.tree_flatten_with_path(model)
     tensors = {}
     for path, leaf in leaves:

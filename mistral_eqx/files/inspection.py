@@ -18,16 +18,18 @@ from ..config import ModelConfig
 from ..devices.mesh import row_groups
 from ..devices.sharding import cache_shardings, shardings
 from ..devices.stages import in_stages
+from ..kernels.quantized import check_scheme
 from ..prompts import default_chunk, next_power_of_two
 from ..tokenizer import check_vocabulary, load_tokenizer
 from ..transformer import Transformer
 from .checkpoint import open_checkpoint
+from .quantizing import quantized_skeleton
 from .released import names_of
 
 
 GB = 10**9
 # The memories of common accelerators, of which a tenth is left alone.
-_SIZES = (16, 24, 40, 80)
+_SIZES = (8, 16, 24, 40, 80)
 
 
 def inspect_folder(folder: str | os.PathLike) -> dict[str, str]:
@@ -81,6 +83,7 @@ def plan(
     batch: int = 1,
     context: int = 4096,
     dtype: DTypeLike = jnp.bfloat16,
+    quantize: str | None = None,
 ) -> dict[str, str]:
     """What every device of a mesh will hold, under a few headings.
 
@@ -90,6 +93,7 @@ def plan(
     - `mesh`: its axes and their sizes. No such devices are needed.
     - `batch`, `context`: how many rows of how many tokens the cache is to hold.
     - `dtype`: of the weights and the cache.
+    - `quantize`: `"int8"` or `"int4"`, if the weights are to be quantized.
 
     **Raises:**
 
@@ -101,6 +105,10 @@ def plan(
     model = eqx.filter_eval_shape(
         Transformer, config, dtype=jnp.dtype(dtype), key=jax.random.key(0)
     )
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(model))
+    if quantize is not None:
+        check_scheme(quantize)
+        model = quantized_skeleton(model, quantize)
     devices = AbstractMesh(tuple(mesh.values()), tuple(mesh))
     model = in_stages(model, devices)
     places = shardings(model, devices)
@@ -129,13 +137,12 @@ def plan(
     total = weights_here + cached_here + work
     fits = (f"{size} GB: {'yes' if total <= 0.9 * size * GB else 'no'}" for size in _SIZES)
     n_devices = math.prod(mesh.values())
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(model))
     return {
         "model": f"{', '.join(names_of(config)) or 'a Mistral'}: {parameters:,} parameters",
         "mesh": " x ".join(f"{axis} {size}" for axis, size in mesh.items())
         + f" = {n_devices} device{'s' if n_devices > 1 else ''}",
         "weights": f"{_bytes(weights_here)} a device, of {_bytes(weights)} in "
-        f"{jnp.dtype(dtype).name}",
+        f"{quantize or jnp.dtype(dtype).name}",
         "cache": f"{_bytes(cached_here)} a device, of {_bytes(cached)} for {rows} x "
         f"{context} tokens",
         "work": f"about {_bytes(work)} a device, while prompts are read",

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from .. import arguments
 from ..devices.sharding import n_row_groups, replicate, shard_rows
+from ..kernels.quantized import is_quantized
 from ..transformer import Transformer
 from .checkpoints import read_checkpoint, write_checkpoint
 
@@ -172,9 +173,14 @@ def fit(
 
     **Raises:**
 
-    `ValueError` if `tokens` or `held_out` are shorter than a sequence, or if the
-    checkpoint is of another run: other arguments, text or model.
+    `ValueError` if `tokens` or `held_out` are shorter than a sequence, if the checkpoint is
+    of another run (other arguments, text or model), or if the model is quantized.
     """
+    if is_quantized(model):
+        raise ValueError(
+            "A quantized model cannot be trained: its numbers are whole. Train the model "
+            "that it was made from."
+        )
     integer = arguments.integer
     steps, warmup = integer("steps", steps), integer("warmup", warmup)
     batch_size = integer("batch_size", batch_size, least=1)

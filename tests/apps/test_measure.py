@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,6 +42,11 @@ def small_probe(monkeypatch):
 
 def config(**changes):
     return config_from_params(PARAMS | changes)
+
+
+def skeleton(config, dtype):
+    options = {"dtype": jnp.dtype(dtype), "key": jax.random.key(0)}
+    return eqx.filter_eval_shape(mx.Transformer, config, **options)
 
 
 def report(capsys, *arguments):
@@ -88,7 +94,7 @@ def test_a_folder_in_another_dtype_and_a_table_on_a_terminal(saved, capsys, monk
     assert told["contexts"] == [] and told["batch"] == 3
     c = config(vocab_size=2048)
     assert told["prefill_flops"] == 3 * bench.prefill_flops(c, tokens=16)
-    size = bench.decode_bytes(c, batch=3, context=16 + 2, itemsize=2)
+    size = bench.decode_bytes(skeleton(c, "bfloat16"), batch=3, context=16 + 2)
     assert told["bytes_per_token"] == pytest.approx(size / 3)
     # A ring of one chunk of 128 tokens, in float32 on a CPU.
     assert told["memory"]["cache"] == 3 * 2 * 2 * (2 * 6) * 128 * 4
@@ -146,7 +152,7 @@ def test_bytes_of_a_step(tied, window):
     for context in (5, 21):
         keys = sum(context if w is None else min(w, context) for w in model.config.windows)
         cache = 3 * keys * 2 * (2 * 6) * 4
-        counted = bench.decode_bytes(model.config, batch=3, context=context, itemsize=4)
+        counted = bench.decode_bytes(model, batch=3, context=context)
         assert counted == pytest.approx(arrays + cache)
 
 
@@ -169,10 +175,11 @@ def test_a_mixture_counts_the_chosen_experts():
     flops = bench.prefill_flops(sparse, tokens=8) - bench.prefill_flops(dense, tokens=8)
     assert flops == 2 * 2 * 8 * (expert + gate)  # one expert more, in two layers
     for batch, read in ((1, 2), (2, 3), (100, 4)):
-        arguments = {"batch": batch, "context": 8, "itemsize": 2}
-        more = bench.decode_bytes(sparse, **arguments) - bench.decode_bytes(
-            dense, **arguments
+        more, less = (
+            bench.decode_bytes(skeleton(c, "bfloat16"), batch=batch, context=8)
+            for c in (sparse, dense)
         )
+        more -= less
         assert more == pytest.approx(2 * 2 * ((read - 1) * expert + gate))
 
 

@@ -761,14 +761,21 @@ def spread(values: list[float]) -> str:
 
 def needs(config, dtype: str, what: dict, steps: int) -> dict[str, float]:
     """The bytes for each token of decode, and the operations for each of prefill."""
+    import equinox as eqx
+    import jax
+
+    import mistral_eqx as mx
     from mistral_eqx.apps.measure import decode_bytes, prefill_flops
 
+    make = eqx.filter_eval_shape
+    skeleton = make(
+        mx.Transformer, config, dtype=jax.numpy.dtype(dtype), key=jax.random.key(0)
+    )
     found = {}
     for label, (_, method, n) in what.items():
         if method == "decode":
-            size = 4 if dtype == "float32" else 2
             context = PROMPT + steps  # half way of what is timed
-            found[label] = decode_bytes(config, batch=n, context=context, itemsize=size) / n
+            found[label] = decode_bytes(skeleton, batch=n, context=context) / n
         elif method == "prefill":
             found[label] = prefill_flops(config, tokens=n) / n
     return found
