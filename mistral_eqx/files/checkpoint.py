@@ -28,8 +28,7 @@ from ..arguments import printable, say_once
 from ..config import ModelConfig
 from ..devices.sharding import shardings as shardings_on
 from ..devices.stages import in_stages
-from ..kernels import dtypes
-from ..kernels.quantized import check_scheme
+from ..kernels import dtypes, quantized
 from ..transformer import Transformer
 from .folders import (
     CONFIGS,
@@ -40,7 +39,7 @@ from .folders import (
 )
 from .hub import local_folder
 from .huggingface import from_huggingface, huggingface_name, unstack_experts
-from .quantizing import quantized_skeleton, quantized_tensors
+from .quantizing import quantized_tensors
 from .weights import (
     DTYPES,
     READABLE,
@@ -273,13 +272,13 @@ def load_model(
     if mesh is not None and shardings is not None:
         raise ValueError("Give a mesh or shardings, not both.")
     if quantize is not None:
-        check_scheme(quantize)
+        quantized.check_scheme(quantize)
     checkpoint = open_checkpoint(folder)
     checkpoint.check()
     config, tensors = checkpoint.config, checkpoint.tensors
     model = skeleton(config)
     if quantize is not None:
-        model = quantized_skeleton(model, quantize)
+        model = eqx.filter_eval_shape(quantized.quantize, model, quantize)
         tensors = quantized_tensors(tensors, quantize)
     if mesh is not None:
         model = in_stages(model, mesh)

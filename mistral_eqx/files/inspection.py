@@ -18,12 +18,11 @@ from ..config import ModelConfig
 from ..devices.mesh import row_groups
 from ..devices.sharding import cache_shardings, shardings
 from ..devices.stages import in_stages
-from ..kernels.quantized import check_scheme
+from ..kernels import quantized
 from ..prompts import default_chunk, next_power_of_two
 from ..tokenizer import check_vocabulary, load_tokenizer
 from ..transformer import Transformer
 from .checkpoint import open_checkpoint
-from .quantizing import quantized_skeleton
 from .released import names_of
 
 
@@ -107,8 +106,7 @@ def plan(
     )
     parameters = sum(leaf.size for leaf in jax.tree.leaves(model))
     if quantize is not None:
-        check_scheme(quantize)
-        model = quantized_skeleton(model, quantize)
+        model = eqx.filter_eval_shape(quantized.quantize, model, quantize)
     devices = AbstractMesh(tuple(mesh.values()), tuple(mesh))
     model = in_stages(model, devices)
     places = shardings(model, devices)

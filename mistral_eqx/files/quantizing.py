@@ -7,8 +7,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from ..kernels.quantized import check_width, quantized, with_quantized
-from ..transformer import Transformer
+from ..kernels.quantized import quantized
 from .weights import Index, StoredTensor
 
 
@@ -16,17 +15,6 @@ from .weights import Index, StoredTensor
 _ROWS = 256
 _NAMES = {np.dtype(np.int8): "I8", np.dtype(np.uint8): "U8"}
 _NAMES |= {np.dtype(np.float16): "F16", np.dtype(np.float32): "F32"}
-
-
-def quantized_skeleton(model: Transformer, scheme: str) -> Transformer:
-    """A skeleton with quantized layers. Raises `ValueError` for a width that int4 cannot
-    cut into groups."""
-
-    def make(name: str, weight: jax.ShapeDtypeStruct) -> tuple[jax.ShapeDtypeStruct, ...]:
-        check_width(name, weight.shape[-1], scheme)
-        return jax.eval_shape(functools.partial(quantized, scheme=scheme), weight)
-
-    return with_quantized(model, make)
 
 
 def quantized_tensors(

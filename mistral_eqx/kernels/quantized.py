@@ -6,8 +6,7 @@ in a byte. That is how GGUF files have their Q8_0 and Q4_0, which stay exactly a
 The whole numbers become floats while they are read.
 """
 
-from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -50,7 +49,7 @@ def quantized_product(
     in the dtype of `x`, and sums are in float32."""
     x, weight, factor = _together(x, values, scales)
     out = jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=jnp.float32)
-    return (factor * out).astype(x.dtype)
+    return (jnp.broadcast_to(factor, out.shape) * out).astype(x.dtype)
 
 
 @replaces(quantized_product, on="cpu")
@@ -65,7 +64,7 @@ def quantized_product_on_cpu(
         out = product_of_few_rows(rows, values, scales)
     else:
         rows, weight, factor = _together(rows, values, scales)
-        out = factor * cpu.project(rows, weight)
+        out = factor[None] * cpu.project(rows, weight)
     return out.reshape(*x.shape[:-1], -1).astype(x.dtype)
 
 
@@ -77,7 +76,7 @@ def product_of_few_rows(
     # In float32 the parts of `x` are written to memory, and not computed in the loop.
     pairs, factor = _parts(x.astype(jnp.float32), values, scales)
     cuts = (cut for pair in pairs for cut in _cuts(*pair))
-    return factor * sum(cpu.product_of_few_rows(*cut) for cut in cuts)
+    return factor[None] * sum(cpu.product_of_few_rows(*cut) for cut in cuts)
 
 
 def _cuts(
@@ -92,7 +91,7 @@ def _cuts(
 
 def _together(
     x: Float[Array, "*seq in"], values: Values, scales: Scales
-) -> tuple[Float[Array, "*seq in"], Float[Array, "out in"], Float32[Array, "out"] | float]:
+) -> tuple[Float[Array, "*seq in"], Float[Array, "out in"], Float32[Array, "out"]]:
     """`x` and the weight in the same order of columns, and a factor of their product."""
     pairs, factor = _parts(x, values, scales)
     # XLA:CPU computes the sum of two such products wrongly where a softmax follows.
@@ -105,19 +104,20 @@ def _parts(
     x: Float[Array, "*seq in"], values: Values, scales: Scales
 ) -> tuple[
     list[tuple[Float[Array, "*seq part"], Float32[Array, "out part"]]],
-    Float32[Array, "out"] | float,
+    Float32[Array, "out"],
 ]:
     """Columns of `x` and of the weight that belong together. The sum of their products,
     times the factor, is the product."""
     if scales.shape[-1] == 1:
         return [(x, values.astype(jnp.float32))], scales[:, 0].astype(jnp.float32)
+    ones = jnp.ones(values.shape[0], jnp.float32)
     if values.dtype == jnp.int8:
-        return [(x, _scaled(values, scales))], 1.0
+        return [(x, _scaled(values, scales))], ones
     # The two numbers of a byte are half a group apart.
     halves = x.reshape(*x.shape[:-1], -1, 2, GROUP // 2)
     part = lambda i: halves[..., i, :].reshape(*x.shape[:-1], -1)
     nibbles = enumerate(_nibbles(values))
-    return [(part(i), _scaled(half, scales)) for i, half in nibbles], 1.0
+    return [(part(i), _scaled(half, scales)) for i, half in nibbles], ones
 
 
 def _nibbles(values: UInt8[Array, "*shape"]) -> list[Int8[Array, "*shape"]]:
@@ -158,7 +158,8 @@ def _inverse(scales: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
 
 def quantize(model: Model, scheme: str) -> Model:
     """A model with its weights in eight or four bits, but for embeddings, norms and
-    routers. It writes and scores as any other; it cannot be trained.
+    routers. It writes and scores as any other; it cannot be trained. If its embeddings are
+    its output as well, it gets an output of its own.
 
     **Arguments:**
 
@@ -176,11 +177,22 @@ def quantize(model: Model, scheme: str) -> Model:
     check_scheme(scheme)
     parts = jax.jit(quantized, static_argnames="scheme")
 
-    def make(name: str, weight: Array) -> tuple[Values, Scales]:
+    def make(name: str, weight: Array) -> QuantizedLinear:
         check_width(name, weight.shape[-1], scheme)
-        return parts(weight, scheme=scheme)
+        return QuantizedLinear(*parts(weight, scheme=scheme))
 
-    return with_quantized(model, make)
+    def instead(path: tuple, node: Any) -> Any:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        is_quantized = isinstance(node, Linear) and not name.endswith(".gate")
+        return make(name, node.weight) if is_quantized else node
+
+    is_linear = lambda node: isinstance(node, Linear)
+    small = jax.tree_util.tree_map_with_path(instead, model, is_leaf=is_linear)
+    if model.output is None:  # its embeddings are its output
+        output = make("output", model.tok_embeddings.weight)
+        is_none = lambda node: node is None
+        small = eqx.tree_at(lambda m: m.output, small, output, is_leaf=is_none)
+    return small
 
 
 def check_scheme(scheme: str) -> None:
@@ -200,30 +212,3 @@ def check_width(name: str, width: int, scheme: str) -> None:
 def is_quantized(model: eqx.Module) -> bool:
     is_one = lambda node: isinstance(node, QuantizedLinear)
     return any(map(is_one, jax.tree.leaves(model, is_leaf=is_one)))
-
-
-def with_quantized(
-    model: Model, make: Callable[[str, Array], tuple[Values, Scales]]
-) -> Model:
-    """The model with a [`QuantizedLinear`][] in place of every linear layer but routers.
-
-    **Arguments:**
-
-    - `model`: if its embeddings are its output as well, it gets an output of its own.
-    - `make`: values and scales from the name of a layer and its weight.
-    """
-
-    def instead(path: tuple, node: eqx.Module) -> eqx.Module:
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        if not isinstance(node, Linear) or name.endswith(".gate"):
-            return node
-        return QuantizedLinear(*make(name, node.weight))
-
-    is_linear = lambda node: isinstance(node, Linear)
-    tied, table = model.output is None, model.tok_embeddings.weight
-    model = jax.tree_util.tree_map_with_path(instead, model, is_leaf=is_linear)
-    if tied:
-        output = QuantizedLinear(*make("output", table))
-        is_none = lambda node: node is None
-        model = eqx.tree_at(lambda m: m.output, model, output, is_leaf=is_none)
-    return model

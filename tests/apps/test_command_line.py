@@ -1,5 +1,6 @@
 """The command line as a user meets it: in a terminal, in a pipe, and with mistakes."""
 
+import io
 import json
 import lzma
 import os
@@ -16,6 +17,7 @@ import pytest
 from models import PARAMS
 
 import mistral_eqx as mx
+from mistral_eqx import scoring
 from mistral_eqx.apps.main import main
 from mistral_eqx.apps.terminal import read_text, split_held_out
 from mistral_eqx.files import export
@@ -101,6 +103,53 @@ def test_evaluate(folder, text, tmp_path, capsys):
     assert report(capsys) == told
     assert run("evaluate", "--held-out", text, "--model", folder) == 0
     assert report(capsys)["bytes"] == len(TEXT) / 10
+
+
+def test_what_quantizing_costs(folder, text, capsys):
+    assert run("evaluate", text, "--model", folder, "--quantize", "int8") == 0
+    out = capsys.readouterr().out
+    told = {line[:16].strip(): float(line[16:].split()[0]) for line in out.splitlines()}
+    (model, tokenizer), bits = mx.load(folder), len(TEXT) * np.log(2)
+    small = mx.quantize(model, "int8")
+    logprobs = [mx.score(m, tokenizer, TEXT).logprobs for m in (model, small)]
+    exact, loss = (-np.sum(each, dtype=np.float64) for each in logprobs)
+    assert told["bits per byte"] == pytest.approx(loss / bits, abs=1e-4)
+    assert told["not quantized"] == pytest.approx(exact / bits, abs=1e-4)
+    assert told["lost"] == pytest.approx(100 * (loss / exact - 1), abs=2e-3)
+    # One text, shorter than a slice.
+    ids = jnp.asarray(tokenizer.encode(TEXT)[:256])
+    logits = [np.asarray(m(ids)[0], np.float64) for m in (model, small)]
+    p, q = (each - np.logaddexp.reduce(each, axis=-1, keepdims=True) for each in logits)
+    kl = np.sum(np.exp(p) * (p - q), axis=-1).mean()
+    assert kl > 1e-6
+    assert scoring.divergence(model, small, ids.tolist()) == pytest.approx(kl, rel=1e-3)
+    assert scoring.divergence(model, model, ids.tolist()) == 0
+    assert told["KL divergence"] == pytest.approx(kl, rel=0.5)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_every_command_quantizes(scheme, tmp_path, text, capsys, monkeypatch):
+    model, tokenizer = mx.load(quantize=scheme)
+    options = {"max_tokens": 5, "temperature": 0.0}
+    (expected,) = mx.generate(model, tokenizer, ["To be"], **options)
+    shell = ["--max-tokens", 5, "--quantize", scheme]
+    assert run("generate", "To be", "--temperature", 0, "--json", *shell) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["tokens"] == expected.tokens
+    assert told["logprobs"] == pytest.approx(expected.logprobs, rel=1e-5)
+    for command in ["demo"], ["interactive"], ["chat"], ["score", text], ["bench"]:
+        monkeypatch.setattr("sys.stdin", io.StringIO("To be\n"))
+        length = ["--quantize", scheme] if command[0] == "score" else shell
+        if command[0] == "bench":
+            length = ["--quantize", scheme, "--tokens", 4, "--prompt", 8, "--repeats", 1]
+            length += ["--contexts", "none", "--json"]
+        assert run(*command, *length) == 0
+        out = capsys.readouterr().out
+        assert len(out) > 0
+    assert json.loads(out)["quantize"] == scheme
+    with pytest.raises(SystemExit):
+        run("generate", "To be", "--quantize", "int3")
+    assert "int3" in capsys.readouterr().err
 
 
 def test_held_out_is_the_last_tenth():

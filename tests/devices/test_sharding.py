@@ -534,11 +534,16 @@ def test_plan(tmp_path, capsys):
     assert told["weights"] == f"{in_mb} a device, of 14.5 GB in bfloat16"
     # 6 rows are filled up to 8 of 4.3 GB, in 4 x 8 parts.
     assert told["cache"] == "1.1 GB a device, of 34.4 GB for 8 x 32768 tokens"
-    assert told["fits"].startswith("16 GB: yes, 24 GB: yes, 40 GB: yes, 80 GB: yes")
+    assert told["fits"].startswith(
+        "8 GB: yes, 16 GB: yes, 24 GB: yes, 40 GB: yes, 80 GB: yes"
+    )
     released = ["plan", "--shape", "mistral-7b-v0.3", *of_six[3:], "data=4,model=16"]
     assert shell(capsys, *released)[1] == out
     _, out, _ = shell(capsys, "plan", "--model", tmp_path, "--dtype", "float32")
     assert "16 GB: no, 24 GB: no, 40 GB: yes, 80 GB: yes" in out
+    for scheme, fits in ("int8", "8 GB: no, 16 GB: yes"), ("int4", "8 GB: yes, 16 GB: yes"):
+        _, out, _ = shell(capsys, "plan", "--model", tmp_path, "--quantize", scheme)
+        assert fits in out
     _, staged, _ = shell(capsys, *of_six, "pipe=4")
     assert "weights     3.6 GB a device" in staged and "cache       6.4 GB" in staged
     for arguments, words in [

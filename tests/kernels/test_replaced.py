@@ -1,11 +1,14 @@
 """Whatever takes the place of a plain function computes the same: on random inputs, in
 every dtype, for one sequence and for batches."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mistral_eqx.kernels.quantized import SCHEMES, quantized
 from mistral_eqx.kernels.replaced import REPLACEABLE, plain, replaceable, replaces
 from mistral_eqx.layers import FeedForward
 
@@ -62,6 +65,16 @@ def of_mix(rng, dtype):
         yield experts, x, chosen.astype(jnp.int32), weights.astype(dtype)
 
 
+def of_quantized_product(rng, dtype):
+    sizes = (1, 64), (3, 64), (40, 64), (1, 4416), (2, 9024)
+    for (rows, width), scheme in itertools.product(sizes, SCHEMES):
+        parts = quantized(normal(rng, 8, width), scheme)
+        yield normal(rng, rows, width, dtype=dtype), *parts
+    groups = jnp.asarray(rng.integers(-127, 128, (8, 64)), jnp.int8)
+    scales = jnp.asarray(rng.standard_normal((8, 2)), jnp.float16)
+    yield normal(rng, 3, 64, dtype=dtype), groups, scales
+
+
 INPUTS = {
     name.removeprefix("of_"): make for name, make in globals().items() if name[:3] == "of_"
 }
@@ -103,6 +116,7 @@ def test_a_batch_is_its_rows(name, dtype):
         "lookup": [1],
         "turn": [1],
         "mix": [0],
+        "quantized_product": [1, 2],
         "attend_ring": [4],
     }.get(name, [])
     axes = tuple(None if i in shared else 0 for i in range(len(args)))
