@@ -138,7 +138,8 @@ def test_every_command_quantizes(scheme, tmp_path, text, capsys, monkeypatch):
     assert told["tokens"] == expected.tokens
     assert told["logprobs"] == pytest.approx(expected.logprobs, rel=1e-5)
     for command in ["demo"], ["interactive"], ["chat"], ["score", text], ["bench"]:
-        monkeypatch.setattr("sys.stdin", io.StringIO("To be\n"))
+        stdin = io.TextIOWrapper(io.BytesIO(b"To be\n"))
+        monkeypatch.setattr("sys.stdin", stdin)
         length = ["--quantize", scheme] if command[0] == "score" else shell
         if command[0] == "bench":
             length = ["--quantize", scheme, "--tokens", 4, "--prompt", 8, "--repeats", 1]
