@@ -1,8 +1,9 @@
-"""Conversations, in the templates that Mistral's instruct models were trained with.
+"""Conversations, in the templates that instruct models were trained with.
 
-The ids of a conversation are mistral-common's, which is Mistral's own word on them (extra
-`chat`). Which template a tokenizer belongs to shows in its control ids. A tokenizer without
-any is of version 1, whose `[INST]` is plain text.
+For Mistral's own tokenizers the ids of a conversation are mistral-common's, which is
+Mistral's own word on them (extra `chat`). Which template a tokenizer belongs to shows in
+its control ids. A tokenizer without any is of version 1, whose `[INST]` is plain text.
+Other tokenizers go by the template that the model's folder brings.
 """
 
 import functools
@@ -15,6 +16,7 @@ from . import arguments
 from .decoding import prefill
 from .prompts import next_power_of_two
 from .sampling import Sampling, SamplingOptions
+from .templates import encode_by_template
 from .tokenizer import Tokenizer
 from .transformer import Transformer
 from .writer import Completion, Writer, write
@@ -41,22 +43,29 @@ def encode_chat(
 
     **Arguments:**
 
-    - `tokenizer`: any of Mistral's, or of version 1's kind.
+    - `tokenizer`: any of Mistral's, or of version 1's kind: then the template is Mistral's.
+        If its folder brings a chat template that is not Mistral's, as those of Zephyr and
+        OpenOrca do, or if it is another kind of tokenizer (a `tokenizer.json`), then the
+        folder's template is used, in the way of transformers.
     - `messages`: `{"role": ..., "content": ...}` each; the roles are "system", "user",
         "assistant" and "tool". The content is a text, or a list of chunks such as
         `{"type": "text", "text": ...}`. The last message is of the user, of a tool, or of
         the assistant with `"prefix": True`, which begins the answer.
     - `tools`: the functions that the model may call.
-    - `reasoning_effort`: for the tokenizers that have it: "none" or "high", say.
+    - `reasoning_effort`: for the templates that have it: "none" or "high", say.
 
     **Raises:**
 
-    `ImportError` without mistral-common. `TypeError` for what are no messages. `ValueError`
-    for no messages, an unknown role, or anything else that the template does not have; with
-    a version 1 tokenizer also for a message that contains `[INST]` or `[/INST]`, which it
+    `ImportError` without mistral-common, or jinja2 for a folder's template. `TypeError` for
+    what are no messages. `ValueError` for no messages, an unknown role, or anything else
+    that the template does not have; for a template that is missing or wrong; with a
+    version 1 tokenizer also for a message that contains `[INST]` or `[/INST]`, which it
     could not tell from its own.
     """
     messages = _checked_messages(messages)
+    if _goes_by_template(tokenizer):
+        options = {"tools": _checked_tools(tools), "reasoning_effort": reasoning_effort}
+        return encode_by_template(tokenizer, messages, **options)
     templates = _templates(tokenizer.path)
     from mistral_common.exceptions import MistralCommonException
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
@@ -83,6 +92,24 @@ def encode_chat(
             first = error.errors()[0]
             told = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise ValueError(f"These messages cannot be encoded: {told}") from error
+
+
+def _goes_by_template(tokenizer: Tokenizer) -> bool:
+    """Whether the template of the folder is used, and not Mistral's."""
+    path, template = tokenizer.path, tokenizer.chat_template
+    is_tekken = path.suffix == ".json" and "tekken" in path.name
+    if path.suffix in (".json", ".gguf") and not is_tekken:
+        return True
+    # Derived models have Mistral's tokenizer.model and a template of their own.
+    return template is not None and "[INST]" not in template
+
+
+def _checked_tools(tools: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    checked = arguments.items("tools", tools, "functions")
+    for i, tool in enumerate(checked):
+        if not isinstance(tool, Mapping):
+            raise TypeError(f"tools[{i}] must be a dict, got {arguments.shown(tool)}.")
+    return checked
 
 
 def _checked_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -133,11 +160,6 @@ def _templates(path: Path):
         raise ImportError(
             "Chat needs mistral-common: pip install 'mistral_eqx[chat]'."
         ) from error
-    if path.name == "tokenizer.json":
-        raise ValueError(
-            f"{path} has no template of Mistral's, and no other is implemented. Put the "
-            "model's tokenizer.model or tekken.json beside it."
-        )
     if path.suffix == ".json":
         return MistralTokenizer.from_file(path)
     # mistral-common goes by the file's name, but most are just called tokenizer.model.

@@ -3,17 +3,20 @@
 import operator
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from . import arguments
 from .arguments import printable
 from .files.hub import local_folder
 from .files.vocabulary import (
+    Vocabulary,
+    encoder_with_names,
     is_failure,
     open_sentencepiece,
     open_tekken,
     open_tokenizer_json,
+    read_chat_templates,
     read_eos_ids,
 )
 
@@ -33,7 +36,12 @@ class Tokenizer:
     """The tokenizer of a model. `encode` begins with the BOS id, as every Mistral expects.
 
     **Attributes:** `path`, `vocab_size`, `bos_id`, `eos_id`; `eos_ids`, all ids that end a
-    text; `is_padded`, whether the model may have more ids.
+    text; `is_padded`, whether the model may have more ids; `token_names`, the control and
+    added tokens, from their names to their ids.
+
+    For chat templates: `chat_template`, the one that the folder brings, if it does;
+    `tool_template`, its other one for conversations with tools, if it has one;
+    `template_path`, where they are from; `special_names`, the "bos_token" and others.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -54,24 +62,48 @@ class Tokenizer:
         if self.path.suffix == ".json":
             is_tekken = "tekken" in self.path.name
             opener = open_tekken if is_tekken else open_tokenizer_json
-        self._vocabulary = opener(self.path)
+        self._vocabulary: Vocabulary = opener(self.path)
         self.vocab_size: int = self._vocabulary.size
         self.bos_id: int = self._vocabulary.bos_id
         self.eos_id: int = self._vocabulary.eos_id
         self.is_padded: bool = self._vocabulary.is_padded
         self.eos_ids: tuple[int, ...] = (self.eos_id,)
+        self.token_names: Mapping[str, int] = self._vocabulary.names
+        self.special_names: Mapping[str, str] = self._vocabulary.special_names
+        self.chat_template: str | None = None
+        self.tool_template: str | None = None
+        self.template_path = self.path
 
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
         """The ids of `text`, after the BOS id if `bos`. The name of a control id in it is
         text like any other. Raises `TypeError` or `ValueError` for what is no text."""
+        ids = self._encoded(self._vocabulary.encode, text)
+        return [self.bos_id, *ids] if bos else ids
+
+    def encode_template(self, text: str) -> list[int]:
+        """The ids of what a chat template has written. The name of a control token or of
+        an added token in it is this token, and there is no BOS id before it. Raises as
+        `encode` does."""
+        vocabulary = self._vocabulary
+        encode = vocabulary.encode_template
+        if encode is None:
+            encode = encoder_with_names(vocabulary.names, vocabulary.encode)
+        return self._encoded(encode, text)
+
+    def encode_plain(self, text: str) -> list[int]:
+        """The ids of `text`, without the BOS id. No name in it is a token, not even of an
+        added token that is no control token, which `encode` finds. Raises as `encode`
+        does."""
+        return self._encoded(self._vocabulary.encode_plain or self._vocabulary.encode, text)
+
+    def _encoded(self, encode: Callable[[str], list[int]], text: str) -> list[int]:
         text = arguments.text("text", text)
         try:
-            ids = self._vocabulary.encode(text)
+            return encode(text)
         except BaseException as error:  # a damaged file may say so here only
             if not is_failure(error):
                 raise
             raise ValueError(printable(f"{self.path} cannot encode: {error}")) from error
-        return [self.bos_id, *ids] if bos else ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`. Control ids (BOS, EOS) have none.
@@ -98,7 +130,8 @@ class Tokenizer:
 def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
     """Opens the tokenizer in a model's folder: `tokenizer.model`, the newest of
     `tokenizer.model.v1`, `.v2`, ..., `tekken.json`, or `tokenizer.json`. Which ids end a
-    text is said by `generation_config.json`, if there is one.
+    text is said by `generation_config.json`, if there is one. A chat template comes from
+    `chat_template.jinja` or from `tokenizer_config.json`.
 
     **Raises:**
 
@@ -116,6 +149,9 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
             "whole folder."
         )
     tokenizer.eos_ids = read_eos_ids(folder) or tokenizer.eos_ids
+    tokenizer.template_path, templates = read_chat_templates(folder)
+    tokenizer.chat_template = templates.get("default")
+    tokenizer.tool_template = templates.get("tool_use")
     return tokenizer
 
 

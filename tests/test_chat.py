@@ -14,7 +14,6 @@ from models import random_model
 
 import mistral_eqx as mx
 from mistral_eqx import decoding, prompts
-from mistral_eqx.chat import _templates
 from mistral_eqx.generation import Continuation
 from mistral_eqx.text import TINY_MISTRAL
 from mistral_eqx.tokenizer import Tokenizer
@@ -162,12 +161,6 @@ def test_reasoning_and_tool_calls_stand_apart(block, with_reasoning, tmp_path):
     # What may begin a stop string comes last.
     shown = "".join(ANSWER).replace("Sto", "") + "Sto"
     assert "".join(pieces) == (shown if with_reasoning else done.text)
-
-
-def test_a_tokenizer_json_has_no_template_here(tmp_path):
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match="tokenizer.json has no template of Mistral's"):
-        _templates(tmp_path / "tokenizer.json")
 
 
 @pytest.mark.parametrize("version", FILES)

@@ -1,7 +1,10 @@
 """Tokenizers in files, each opened by the library that it needs."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
+import json
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,11 @@ class Vocabulary:
     - `control_id`: from the name of a control token to its id; `None` if there is none.
     - `is_padded`: whether the model may have more ids than this, as derived models do,
         which round their number up.
+    - `names`: the control tokens and the added tokens, from their names to their ids.
+    - `encode_template`: from the text of a chat template to ids. The names in it are these
+        tokens. By default `encode` does what stands between them.
+    - `encode_plain`: as `encode`, where that takes some of the names for tokens.
+    - `special_names`: which of the tokens is the "bos_token", the "eos_token" and so on.
     """
 
     size: int
@@ -34,6 +42,10 @@ class Vocabulary:
     decode: Callable[[list[int]], str]
     control_id: Callable[[str], int | None]
     is_padded: bool = False
+    names: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    encode_template: Callable[[str], list[int]] | None = None
+    encode_plain: Callable[[str], list[int]] | None = None
+    special_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def open_sentencepiece(path: Path) -> Vocabulary:
@@ -45,6 +57,11 @@ def open_sentencepiece(path: Path) -> Vocabulary:
     except (RuntimeError, OSError, UnicodeDecodeError) as error:
         raise _unreadable(path, "a sentencepiece model", error) from error
     added = _read_added_tokens(path.parent / "added_tokens.json", n_pieces)
+    special = [i for i in range(n_pieces) if model.is_control(i) or model.is_unknown(i)]
+    names = {model.id_to_piece(i): i for i in special} | added
+    own = {"bos_token": model.bos_id(), "eos_token": model.eos_id()}
+    own |= {"unk_token": model.unk_id()}
+    config = _read_tokenizer_config(path)
 
     def decode(ids: list[int]) -> str:
         # Added tokens are control tokens in all but name, and have no text.
@@ -62,7 +79,47 @@ def open_sentencepiece(path: Path) -> Vocabulary:
         decode=decode if added else model.decode,
         control_id=control_id,
         is_padded=bool(added),
+        names=names,
+        encode_template=encoder_with_names(
+            names, model.encode, blank_behind=config.get("legacy") is not False
+        ),
+        special_names={key: model.id_to_piece(i) for key, i in own.items() if i >= 0}
+        | _special_names(config),
     )
+
+
+def encoder_with_names(
+    names: Mapping[str, int],
+    encode: Callable[[str], list[int]],
+    *,
+    blank_behind: bool = True,
+) -> Callable[[str], list[int]]:
+    """`encode`, but the names in a text are their ids, the longest first. Sentencepiece
+    puts a blank before a text. `blank_behind` says whether the text behind a name gets one
+    too, as in the tokenizers that transformers calls legacy: all before mid-2023."""
+    longest_first = sorted(names, key=len, reverse=True)
+    found = re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
+
+    def encode_template(text: str) -> list[int]:
+        ids = []
+        # Text and names in turns.
+        for i, piece in enumerate(found.split(text)):
+            if i % 2:
+                ids.append(names[piece])
+            elif piece:
+                is_first = i == 0 or blank_behind
+                ids += encode(piece) if is_first else encode_behind(encode, piece)
+        return ids
+
+    return encode_template
+
+
+def encode_behind(encode: Callable[[str], list[int]], text: str) -> list[int]:
+    """The ids of a text in the middle of another, without the blank that `encode` may put
+    before the first word."""
+    line = encode("\n")
+    ids = encode("\n" + text)
+    return ids[len(line) :] if ids[: len(line)] == line else encode(text)
 
 
 def is_failure(error: BaseException) -> bool:
@@ -106,6 +163,7 @@ def open_tekken(path: Path) -> Vocabulary:
             arguments.integer("an id", i, most=model.n_words - 1)
             for i in (model.bos_id, model.eos_id)
         )
+        names = {model.id_to_piece(i): i for i in model.special_ids}
     except BaseException as error:  # mistral-common documents none, and asserts some
         if not is_failure(error):
             raise
@@ -124,6 +182,9 @@ def open_tekken(path: Path) -> Vocabulary:
         encode=lambda text: model.encode(text, bos=False, eos=False),
         decode=model.decode,
         control_id=control_id,
+        names=names,
+        special_names={"bos_token": "<s>", "eos_token": "</s>"}
+        | _special_names(_read_tokenizer_config(path)),
     )
 
 
@@ -145,7 +206,7 @@ def open_tokenizer_json(path: Path) -> Vocabulary:
     # The name of a special token in a text is text.
     model.encode_special_tokens = True
     special = {str(token.content): i for i, token in added.items() if token.special}
-    names = _read_special_names(path.with_name("tokenizer_config.json"))
+    names = _special_names(_read_tokenizer_config(path))
     bos, eos = names.get("bos_token", "<s>"), names.get("eos_token", "</s>")
     for name in (bos, eos):
         if model.token_to_id(name) is None:
@@ -153,6 +214,16 @@ def open_tokenizer_json(path: Path) -> Vocabulary:
                 f"{path} has no token {name!r}. Its folder should have a "
                 "tokenizer_config.json that names its bos_token and its eos_token."
             )
+
+    @functools.cache
+    def another(with_added_tokens: bool):
+        """The same tokenizer, which finds all added tokens in a text, or none."""
+        content = json.loads(model.to_str())
+        if not with_added_tokens:
+            content["added_tokens"] = []
+        other = tokenizers.Tokenizer.from_str(json.dumps(content))
+        return lambda text: other.encode(text, add_special_tokens=False).ids
+
     return Vocabulary(
         size=size,
         bos_id=model.token_to_id(bos),
@@ -161,15 +232,23 @@ def open_tokenizer_json(path: Path) -> Vocabulary:
         decode=model.decode,
         control_id=special.get,
         is_padded=True,
+        names={str(token.content): i for i, token in added.items()},
+        encode_template=lambda text: another(True)(text),
+        encode_plain=lambda text: another(False)(text),
+        special_names=names,
     )
 
 
-def _read_special_names(path: Path) -> dict[str, str]:
-    """The names of the special tokens in a `tokenizer_config.json`, if there is one."""
-    values = _read_object(path) if path.is_file() else {}
+def _read_tokenizer_config(beside: Path) -> dict[str, Any]:
+    path = beside.with_name("tokenizer_config.json")
+    return _read_object(path) if path.is_file() else {}
+
+
+def _special_names(config: Mapping[str, Any]) -> dict[str, str]:
+    """The names of the special tokens in a `tokenizer_config.json`."""
     names = {}
-    for key in ("bos_token", "eos_token"):
-        value = values.get(key)
+    for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        value = config.get(key)
         value = value.get("content") if isinstance(value, dict) else value
         if isinstance(value, str):
             names[key] = value
@@ -190,6 +269,40 @@ def read_eos_ids(folder: Path) -> tuple[int, ...]:
                 )
             return tuple(ids)
     return ()
+
+
+def read_chat_templates(folder: Path) -> tuple[Path, dict[str, str]]:
+    """The chat templates of a folder by their names, "default" and "tool_use", and the
+    file that they are in; none if the folder has none. Files of their own come first, as
+    in transformers. Raises `ValueError` for what are no templates."""
+    path = folder / "chat_template.jinja"
+    files = {"default": path}
+    files["tool_use"] = folder / "additional_chat_templates" / "tool_use.jinja"
+    files = {name: file for name, file in files.items() if file.is_file()}
+    if files:
+        return path, {name: _read_text(file) for name, file in files.items()}
+    path = folder / "tokenizer_config.json"
+    found = _read_object(path).get("chat_template") if path.is_file() else None
+    if found is None:
+        return path, {}
+    found = {"default": found} if isinstance(found, str) else found
+    if isinstance(found, list) and all(isinstance(entry, dict) for entry in found):
+        found = {str(entry.get("name")): entry.get("template") for entry in found}
+    if not isinstance(found, dict) or not all(isinstance(t, str) for t in found.values()):
+        raise ValueError(
+            printable(
+                f"{path} cannot be used: chat_template must be a text, or a list of "
+                f'{{"name": ..., "template": ...}}, got {arguments.shown(found)}.'
+            )
+        )
+    return path, found
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(printable(f"{path} is not a text in UTF-8: {error}")) from error
 
 
 def _read_object(path: Path) -> dict[str, Any]:
