@@ -23,7 +23,7 @@ _LONGEST = 200_000
 # The characters that a template may handle in one rendering. A round of a loop and a call
 # count as several.
 _MOST_WORK = 200_000_000
-_STEP = 200
+_STEP = 400
 _LARGEST_NUMBER = 1_000_000
 # Such a field of a format would be filled up with blanks.
 _WIDE_FIELD = re.compile(r"\d{7}|\*")
@@ -101,7 +101,7 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
 
     def _measured(self, value: Any) -> Any:
         """`value`, once its size is counted, that of what it holds with it."""
-        self._spend(_STEP // 10)
+        self._spend(_STEP // 4)
         if isinstance(value, str):
             self._spend(len(value))
         elif isinstance(value, list | tuple):
