@@ -242,6 +242,30 @@ class Files:
 
         return Case(read, (str(path),), f"tekken.json: {json.dumps(value)[:200]}")
 
+    def template(self, rng: random.Random) -> Case:
+        """A spoilt template, or a whole one, under messages of any kind."""
+        source = "".join(mutated_list(rng, TEMPLATE, PARTS))
+        messages = TALK[: rng.choice([2, 4, 5, 5])]
+        if rng.random() < 0.7:
+            i = rng.randrange(len(messages))
+            messages = [*messages[:i], mutated_json(rng, messages[i]), *messages[i + 1 :]]
+        tools = mutated_json(rng, [TOOL]) if rng.random() < 0.3 else []
+        folder = self.root / "json"
+        path = folder / "tokenizer_config.json"
+        found = mutated_json(rng, source) if rng.random() < 0.1 else source
+
+        def call():
+            path.write_text(json.dumps({"chat_template": found, "pad_token": EVIL}))
+            try:
+                tokenizer = mx.load_tokenizer(folder)
+                return mx.encode_chat(tokenizer, messages, tools=tools)
+            finally:
+                path.unlink()
+
+        words = ("tokenizer_config.json", "tokenizer.json", "essage", "conversation")
+        what = f"{found!r:.300} under {messages!r:.200} and {tools!r:.100}"
+        return Case(call, (*words, "tools", "answer"), what)
+
     def checkpoint(self, rng: random.Random) -> Case:
         path = self.root / "checkpoint"
         content = path.read_bytes()
@@ -289,6 +313,44 @@ def small_tekken() -> dict:
         "version": "v11",
     }
     return {"vocab": vocab, "special_tokens": special, "config": config, "version": 1}
+
+
+# A template in parts, and others to put in.
+TEMPLATE = (
+    *("{{ bos_token }}", "{% for message in messages %}", "<s>{{ message.role }}\n"),
+    *("{{ message['content'] }}", "</s>\n", "{% endfor %}", "{{ tools | tojson }}"),
+    *("{% if add_generation_prompt %}", "<s>assistant\n", "{% endif %}"),
+)
+PARTS = (
+    *("{% if messages %}", "{% else %}", "{% break %}", "{% macro f(n) %}", "{{ f(9) }}"),
+    *("{% endmacro %}", "{{ f(f) }}", "{% set x = namespace(a='x') %}", "{{ x }}", "{{"),
+    *("{% set x.a = x.a ~ x.a %}", "{% for i in range(10**9) %}", "{% for i in x %}"),
+    *("{{ raise_exception(messages) }}", "{{ ''.__class__.__mro__ }}", "%}", EVIL),
+    *("{{ messages.append(1) }}", "{{ messages | tojson(ensure_ascii=True) }}", "{#"),
+    *("{{ messages[0].content[::-1] }}", "{{ 1 / 0 }}", "{{ 'x' * 10**12 }}", "\ud83e"),
+    *("{{ message.content | center(10**9) }}", "{% generation %}", "{% endgeneration %}"),
+    *("{{ message.content.split('</s>')[-1] }}", "{{ message.content | upper }}"),
+    *("{{ pad_token }}", "{{ strftime_now('%Y') }}", "{% include 'x' %}", "{{ loop }}"),
+)
+TALK = [
+    {"role": "system", "content": "Be</s> brief."},
+    {"role": "user", "content": [{"type": "text", "text": "<s>"}, {"type": "image"}]},
+    {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]},
+    {"role": "tool", "content": "\ue000 <unk>", "name": "f"},
+    {"role": "assistant", "content": "I am ", "prefix": True, "reasoning": "So."},
+]
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"a</s>": 1}}}
+
+
+def mutated_list(rng: random.Random, values: tuple, others: tuple) -> list:
+    """The values with some dropped, and some of the others put in."""
+    values = list(values)
+    for _ in range(rng.choice([0, 1, 1, 2, 4])):
+        if rng.random() < 0.3:
+            del values[rng.randrange(len(values))]
+        else:
+            values.insert(rng.randrange(len(values) + 1), rng.choice(others))
+    return values
 
 
 def make_tokenizer_json(path: Path) -> None:
@@ -405,6 +467,7 @@ def run(cases: int, seed: int) -> tuple[dict[str, collections.Counter], list[str
             "index": files.index,
             "tokenizer": files.tokenizer,
             "tekken": files.tekken,
+            "templates": files.template,
             "checkpoint": files.checkpoint,
             "call": calls.call,
             "prompt": calls.prompt,

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import ml_dtypes
 import pytest
+import tokenizers
 from safetensors.numpy import load_file, save_file
 
 import mistral_eqx as mx
@@ -77,6 +78,16 @@ def no_tokenizer(folder):
     (folder / "tokenizer.model").unlink()
 
 
+def no_template(folder):
+    (folder / "tokenizer.model").unlink()
+    model = tokenizers.models.BPE({"<s>": 0, "</s>": 1}, [])
+    tokenizers.Tokenizer(model).save(str(folder / "tokenizer.json"))
+
+
+def wrong_template(folder):
+    (folder / "chat_template.jinja").write_text("{% if %}")
+
+
 FAULTS = [
     adapter,
     no_tokenizer,
@@ -87,6 +98,8 @@ FAULTS = [
     quantized,
     not_implemented,
     other_tokenizer,
+    no_template,
+    wrong_template,
 ]
 
 
@@ -96,7 +109,8 @@ def test_every_fault_is_in_the_table(folder, tmp_path):
         copy = shutil.copytree(folder, tmp_path / f"copy{i}")
         fault(copy)
         with pytest.raises((ValueError, FileNotFoundError)) as error:
-            mx.load(copy)
+            _, tokenizer = mx.load(copy)
+            mx.encode_chat(tokenizer, [{"role": "user", "content": "Hello"}])
         matching = [p for p in told_errors() if re.search(p, str(error.value))]
         assert len(matching) == 1, (fault.__name__, str(error.value), matching)
         found += matching
