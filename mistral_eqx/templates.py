@@ -34,7 +34,7 @@ def encode_by_template(
     JSON has, `ValueError` if the template is missing, wrong, or refuses the messages.
     """
     try:
-        from .sandbox import render
+        from .files.sandbox import render
     except ImportError as error:
         raise ImportError(
             f"The chat template of {tokenizer.path} needs jinja2: "

@@ -54,7 +54,7 @@ FLOORS = {
     "files.inspection": 9,
     "writer": 10,
     "text": 11,
-    "sandbox": 0,
+    "files.sandbox": 0,
     "templates": 11,
     "chat": 12,
     "apps.terminal": 1,

@@ -12,8 +12,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 import mistral_eqx as mx
-from mistral_eqx import sandbox, templates
+from mistral_eqx import templates
 from mistral_eqx.chat import _goes_by_template
+from mistral_eqx.files import sandbox
 from mistral_eqx.text import TINY_MISTRAL
 
 
@@ -436,8 +437,8 @@ def test_an_answer_that_the_template_leaves_out(make, shown):
 
 def test_without_jinja(make, monkeypatch):
     tokenizer = mx.load_tokenizer(make(CHATML))
-    monkeypatch.delitem(sys.modules, "mistral_eqx.sandbox")
-    monkeypatch.delattr(mx, "sandbox")
+    monkeypatch.delitem(sys.modules, "mistral_eqx.files.sandbox")
+    monkeypatch.delattr(mx.files, "sandbox")
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(ImportError, match=r"pip install 'mistral_eqx\[chat\]'"):
         mx.encode_chat(tokenizer, [USER])

@@ -14,6 +14,7 @@ model goes out as a folder that other programs read.
 | `hub.py` | a model by its name on Hugging Face's hub |
 | `folders.py` | which files of a folder hold a model |
 | `vocabulary.py` | the files of tokenizers |
+| `sandbox.py` | chat templates from strangers, rendered and bounded |
 | `checkpoint.py` | a folder: opened, checked, loaded |
 | `quantizing.py` | weights that become eight or four bits while they are read |
 | `export.py` | a folder: written, or converted to the other format |

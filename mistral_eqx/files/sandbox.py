@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import ext, nodes, pass_context, sandbox, utils, visitor
 from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
 
-from . import arguments
+from .. import arguments
 
 
 # In characters. The longest templates of released models have some 20,000.
