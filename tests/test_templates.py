@@ -227,8 +227,8 @@ def test_where_the_template_stands(make):
 
 
 # The one difference: in transformers 5 a part that begins with a blank gets no other before
-# it. Sentencepiece puts one there, as the Llama tokenizers of transformers 4 did, with which
-# such models were trained. So no content here begins with a blank right behind a token.
+# it. Sentencepiece puts one there, as the Llama tokenizers of transformers 4 did, with
+# which such models were trained. So no content here begins with a blank behind a token.
 @pytest.mark.parametrize("legacy", [True, False])
 @pytest.mark.parametrize("template", ["chatml", "zephyr"])
 def test_mistrals_sentencepiece_with_added_tokens(tmp_path, legacy, template):
