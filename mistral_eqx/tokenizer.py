@@ -8,11 +8,13 @@ from pathlib import Path
 
 from . import arguments
 from .arguments import printable
+from .files.folders import gguf_in
 from .files.hub import local_folder
 from .files.vocabulary import (
     Vocabulary,
     encoder_with_names,
     is_failure,
+    open_gguf,
     open_sentencepiece,
     open_tekken,
     open_tokenizer_json,
@@ -48,7 +50,8 @@ class Tokenizer:
         """**Arguments:**
 
         - `path`: of a sentencepiece model (`tokenizer.model`), of a Tekken (`tekken.json`,
-            which needs mistral-common), or of a `tokenizer.json` (which needs tokenizers).
+            which needs mistral-common), of a `tokenizer.json` (which needs tokenizers), or
+            of a GGUF, whose metadata have one.
 
         **Raises:**
 
@@ -59,7 +62,9 @@ class Tokenizer:
         if not self.path.is_file():
             raise FileNotFoundError(printable(f"There is no tokenizer at {self.path}."))
         opener = open_sentencepiece
-        if self.path.suffix == ".json":
+        if self.path.suffix == ".gguf":
+            opener = open_gguf
+        elif self.path.suffix == ".json":
             is_tekken = "tekken" in self.path.name
             opener = open_tekken if is_tekken else open_tokenizer_json
         self._vocabulary: Vocabulary = opener(self.path)
@@ -131,23 +136,27 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
     """Opens the tokenizer in a model's folder: `tokenizer.model`, the newest of
     `tokenizer.model.v1`, `.v2`, ..., `tekken.json`, or `tokenizer.json`. Which ids end a
     text is said by `generation_config.json`, if there is one. A chat template comes from
-    `chat_template.jinja` or from `tokenizer_config.json`.
+    `chat_template.jinja` or from `tokenizer_config.json`. If there are no such files beside
+    a GGUF, then all is in its metadata.
 
     **Raises:**
 
     `FileNotFoundError` if there is none of them, and as [`Tokenizer`][] does.
     """
     folder = local_folder(arguments.path("folder", folder))
-    for pattern in _FILES:
-        if files := sorted(folder.glob(pattern), key=_version):
-            tokenizer = Tokenizer(files[-1])
-            break
-    else:
+    gguf = gguf_in(folder)
+    folder = folder if gguf is None else gguf.parent
+    found = (sorted(folder.glob(pattern), key=_version) for pattern in _FILES)
+    files = next(filter(None, found), None)
+    if files is None and gguf is None:
         raise FileNotFoundError(
             f"There is no tokenizer in {printable(str(folder))}: no tokenizer.model, no "
             "tekken.json and no tokenizer.json. They come with the weights: download the "
             "whole folder."
         )
+    if files is None:
+        folder, files = gguf, [gguf]
+    tokenizer = Tokenizer(files[-1])
     tokenizer.eos_ids = read_eos_ids(folder) or tokenizer.eos_ids
     tokenizer.template_path, templates = read_chat_templates(folder)
     tokenizer.chat_template = templates.get("default")

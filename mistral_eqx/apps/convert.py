@@ -1,25 +1,28 @@
-"""A model in the other format, or in another dtype."""
+"""A model in another format, or in another dtype."""
 
 import argparse
 
 from ..files.export import convert
+from ..files.gguf_export import TYPES
 from .options import add_dtype, adder
 
 
-HELP = "write a model in the other format, or in another dtype"
+HELP = "write a model in another format, or in another dtype"
 EXAMPLE = "convert mistral-7B-v0.3 mistral-7B-v0.3-hf --to huggingface"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = adder(parser)
-    parser.add_argument("source", metavar="SRC", help="the folder of the model")
-    parser.add_argument("target", metavar="DST", help="the folder to make")
+    parser.add_argument("source", metavar="SRC", help="the folder of the model, or a GGUF")
+    parser.add_argument("target", metavar="DST", help="the folder to make, or a GGUF")
     add(
         "--to",
-        choices=["mistral", "huggingface"],
-        help="the format to write; without it the one that SRC is not in",
+        choices=["mistral", "huggingface", "gguf"],
+        help="the format to write; without it that of DST's name, or the one that SRC is "
+        "not in",
     )
     add_dtype(parser, "the dtype of the weights to write; without it that of SRC")
+    add("--type", choices=TYPES, help="the type of the weights in a GGUF")
     add(
         "--max-shard-size",
         default="5GB",
@@ -30,11 +33,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    if options.type is not None and options.dtype is not None:
+        raise ValueError("Give --type for a GGUF or --dtype for a folder, not both.")
+    is_gguf = options.to == "gguf" or options.target.endswith(".gguf")
+    if options.type is not None and not is_gguf:
+        raise ValueError("--type is of a GGUF: say --to gguf, or give --dtype.")
     convert(
         options.source,
         options.target,
         format=options.to,
-        dtype=options.dtype,
+        dtype=options.type or options.dtype,
         max_shard_size=options.max_shard_size,
         force=options.force,
     )

@@ -1,4 +1,4 @@
-"""Folders of weights, in and out, in Mistral's format and in Hugging Face's.
+"""Folders of weights, in and out, in Mistral's format, in Hugging Face's, and as a GGUF.
 
 A folder comes in; a model comes out whose arrays were read straight to their devices. A
 model goes out as a folder that other programs read.
@@ -11,6 +11,10 @@ model goes out as a folder that other programs read.
 | `config_json.py` | the config of a model as Hugging Face's `config.json` has it |
 | `wrappers.py` | a vision encoder around the text model, and weights in FP8 |
 | `huggingface.py` | Hugging Face's names of weights, and its order of rows |
+| `gguf.py` | a GGUF file: its metadata, and its tensors |
+| `llamacpp.py` | llama.cpp's names of weights, and the config in a GGUF |
+| `gguf_tokenizer.py` | the tokenizer in a GGUF |
+| `gguf_export.py` | a GGUF: written |
 | `hub.py` | a model by its name on Hugging Face's hub |
 | `folders.py` | which files of a folder hold a model |
 | `vocabulary.py` | the files of tokenizers |

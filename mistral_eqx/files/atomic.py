@@ -1,4 +1,4 @@
-"""Folders that are whole or not there, with one writer at a time."""
+"""Folders and files that are whole or not there, with one writer at a time."""
 
 import contextlib
 import ctypes
@@ -68,6 +68,19 @@ def whole_folder(target: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+@contextlib.contextmanager
+def whole_file(target: Path) -> Iterator[Path]:
+    """Yields the path of a file to write, which becomes `target` at the end, or is deleted
+    after an error. Otherwise it is as [`whole_folder`][]."""
+    partial = target.with_name(target.name + ".partial")
+    with locked(partial):
+        try:
+            yield partial / target.name
+            os.replace(partial / target.name, target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -1,10 +1,10 @@
 """Folders of weights: opened, checked, loaded straight onto devices.
 
 A folder is in Mistral's own format (`params.json`, `consolidated.*`) or in Hugging Face's
-(`config.json`, `model*.safetensors`, `pytorch_model*.bin`). Opening it gives tensors under
-Mistral's names that have not been read. The path of a weight in the model is its name, so
-a skeleton of the model without any numbers says which arrays it needs, and each is read
-straight to where it belongs.
+(`config.json`, `model*.safetensors`, `pytorch_model*.bin`); in a GGUF, one file is all.
+Opening it gives tensors under Mistral's names that have not been read. The path of a weight
+in the model is its name, so a skeleton of the model without any numbers says which arrays
+it needs, and each is read straight to where it belongs.
 """
 
 import dataclasses
@@ -32,14 +32,16 @@ from ..kernels import dtypes, quantized
 from ..transformer import Transformer
 from .folders import (
     CONFIGS,
+    GGUF,
     HUGGINGFACE,
-    format_of,
+    located,
     read_config_as,
     weight_files,
 )
-from .hub import local_folder
+from .gguf import gguf_files, open_gguf
 from .huggingface import from_huggingface, huggingface_name, unstack_experts
-from .quantizing import quantized_tensors
+from .llamacpp import from_gguf, gguf_name
+from .quantizing import quantized_tensors, with_stored_shapes
 from .weights import (
     DTYPES,
     READABLE,
@@ -59,8 +61,8 @@ class Checkpoint:
 
     **Attributes:**
 
-    - `folder`: where it is.
-    - `format`: `"mistral"` or `"huggingface"`.
+    - `folder`: where it is. A GGUF is a file.
+    - `format`: `"mistral"`, `"huggingface"` or `"gguf"`.
     - `config`: of the model.
     - `files`: that hold the weights.
     - `tensors`: by Mistral's names, with Mistral's rows.
@@ -81,7 +83,7 @@ class Checkpoint:
 
         `ValueError` that names the file, the key and what to do.
         """
-        config_file, config = CONFIGS[self.format], self.config
+        config_file, config = CONFIGS.get(self.format, "metadata"), self.config
         counts = {"layers": (config.n_layers, _LAYER)}
         if config.moe is not None:
             counts["experts"] = (config.moe.num_experts, _EXPERT)
@@ -97,7 +99,7 @@ class Checkpoint:
         missing = [name for name in shapes if name not in self.tensors]
         extra = [name for name in self.tensors if name not in shapes]
         if missing or extra:
-            in_file = huggingface_name if self.format == HUGGINGFACE else str
+            in_file = {HUGGINGFACE: huggingface_name, GGUF: gguf_name}.get(self.format, str)
             told = [
                 f"{what} {printable(', '.join(map(in_file, names[:5])))}"
                 + (" and more" if len(names) > 5 else "")
@@ -116,7 +118,7 @@ class Checkpoint:
                     f"{tensor.file}: {tensor.name} has shape {tensor.shape}, but "
                     f"{config_file} makes it {shape}. Are they of the same model?"
                 )
-            if tensor.dtype not in READABLE:
+            if tensor.dtype not in READABLE and tensor.blocks is None:
                 raise ValueError(
                     f"{tensor.file}: {tensor.name} holds numbers of type {tensor.dtype}. "
                     f"Only {', '.join(READABLE)} can be read: get the weights without "
@@ -193,9 +195,11 @@ def open_checkpoint(folder: str | os.PathLike) -> Checkpoint:
 
     `FileNotFoundError` for a missing folder or file, `ValueError` for a damaged one.
     """
-    folder = local_folder(arguments.path("folder", folder))
-    format = format_of(folder)
+    folder, format = located(arguments.path("folder", folder))
     config = read_config_as(folder, format)
+    if format == GGUF:
+        tensors = from_gguf(open_gguf(folder))
+        return Checkpoint(folder, format, config, gguf_files(folder), tensors)
     files, names = weight_files(folder, format)
     tensors = {}
     for file in tqdm(files, "open", unit="file", delay=1, disable=None):
@@ -239,21 +243,21 @@ def load_model(
     mesh: Mesh | None = None,
     shardings: PyTree | None = None,
 ) -> Transformer:
-    """Loads a model from a folder in Mistral's own format or in Hugging Face's. If a folder
-    has both, Mistral's is read.
+    """Loads a model from a folder in Mistral's own format or in Hugging Face's, or from a
+    GGUF file. If a folder has both formats, Mistral's is read.
 
     **Arguments:**
 
     - `folder`: holds `params.json` and `consolidated.safetensors` (or
         `consolidated.00.pth`, ...), or `config.json` and `model.safetensors` (or several
-        with an index, or `pytorch_model.bin`).
+        with an index, or `pytorch_model.bin`); or the path of a GGUF file.
     - `dtype`: of the weights. By default they keep the file's, except on a CPU, where
         float32 is exact and is chosen if the model fits in half of the machine's memory
         that way; bfloat16 is up to twice as fast.
     - `quantize`: `"int8"` or `"int4"`, as in [`quantize`][mistral_eqx.quantize]. Each
         weight is quantized while it is read, so that no more than a part of one is in
         memory in another form. `dtype` is then that of the embeddings and of what goes
-        through the model.
+        through the model. What a GGUF holds in Q8_0 or Q4_0 stays exactly as it is.
     - `mesh`: to spread the model over as [`shard`][mistral_eqx.shard] does. Each device
         then reads its own part of the files, in every process.
     - `shardings`: instead of a mesh, a tree like the model with a `jax.sharding.Sharding`
@@ -280,6 +284,7 @@ def load_model(
     if quantize is not None:
         model = eqx.filter_eval_shape(quantized.quantize, model, quantize)
         tensors = quantized_tensors(tensors, quantize)
+        model = with_stored_shapes(model, tensors)
     if mesh is not None:
         model = in_stages(model, mesh)
         shardings = shardings_on(model, mesh)

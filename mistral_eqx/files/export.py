@@ -1,12 +1,13 @@
-"""Folders of weights written, from a model in memory or a folder in another format."""
+"""Folders of weights and GGUF files written, from a model in memory or from another format."""
 
+import contextlib
 import errno
 import functools
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,25 @@ import numpy as np
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
+from ..arguments import say_once
 from ..config import ModelConfig
 from ..devices.processes import to_host
 from ..kernels.quantized import is_quantized
+from ..tokenizer import Tokenizer, load_tokenizer
 from ..transformer import Transformer
-from .atomic import whole_folder
+from .atomic import whole_file, whole_folder
 from .checkpoint import open_checkpoint, stored_parts, weight_name, weight_shapes
 from .config_json import config_to_json
-from .folders import CONFIGS, HUGGINGFACE, MISTRAL
+from .folders import CONFIGS, GGUF, HUGGINGFACE, MISTRAL
+from .gguf import read_metadata
+from .gguf_export import TYPES, GgufFile, default_type
+from .gguf_tokenizer import chat_template, tokenizer_file
 from .huggingface import huggingface_name, to_huggingface
 from .params import config_to_params
 from .weights import DTYPES, Index, StoredTensor, write_safetensors
 
 
+_TEMPLATE = "chat_template.jinja"
 # What is not weights but goes with them.
 _COMPANIONS = (
     "tokenizer.model",
@@ -36,7 +43,8 @@ _COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
-    "chat_template.*",
+    _TEMPLATE,
+    "chat_template.json",
     "generation_config.json",
 )
 
@@ -51,16 +59,17 @@ def save(
     tokenizer: Any = None,
     force: bool = False,
 ) -> None:
-    """Writes a model as safetensors, with its config.
+    """Writes a model as safetensors, with its config, or as a GGUF.
 
     **Arguments:**
 
     - `model`: what to write.
     - `folder`: to be made. It has another name until it is whole.
-    - `format`: `"mistral"` for `params.json` and one `consolidated.safetensors`, or
+    - `format`: `"mistral"` for `params.json` and one `consolidated.safetensors`,
         `"huggingface"` for `config.json` and `model*.safetensors`, which transformers
-        loads.
-    - `dtype`: of the weights in the files. By default, the model's.
+        loads, or `"gguf"` for one file that llama.cpp loads, whose name ends in `.gguf`.
+    - `dtype`: of the weights in the files. By default, the model's. A GGUF may also have
+        `"q8_0"` and `"q4_0"`, which are eight and four bits.
     - `max_shard_size`: the most bytes in one file of Hugging Face's format: 5e9 or "5GB".
     - `tokenizer`: a [`Tokenizer`][mistral_eqx.Tokenizer] or the path of its file, to put
         beside the weights.
@@ -73,7 +82,7 @@ def save(
     """
     if is_quantized(model):
         raise ValueError(
-            "A quantized model cannot be saved: neither format has its numbers. Save the "
+            "A quantized model cannot be saved: no format has its numbers. Save the "
             "model that it was made from, and quantize it when it is loaded."
         )
     leaves, _ = jax.tree_util.tree_flatten_with_path(model)
@@ -86,7 +95,12 @@ def save(
             read = functools.partial(_read_array, leaf, first)
             shape = leaf.shape[len(first) :]
             tensors[name] = StoredTensor(Path("the model"), name, kind, shape, read)
-    path = None if tokenizer is None else Path(getattr(tokenizer, "path", tokenizer))
+    if tokenizer is not None and not hasattr(tokenizer, "path"):
+        tokenizer = Tokenizer(tokenizer) if format == GGUF else Path(tokenizer)
+    path = getattr(tokenizer, "path", tokenizer)
+    if format == GGUF:
+        _write_gguf(model.config, tensors, Path(folder), dtype, tokenizer, force=force)
+        return
     _write(
         model.config,
         tensors,
@@ -94,7 +108,7 @@ def save(
         format=format,
         dtype=dtype,
         max_shard_size=max_shard_size,
-        companions=[] if path is None else [path],
+        companions={} if path is None else {path.name: path},
         force=force,
     )
 
@@ -108,14 +122,16 @@ def convert(
     max_shard_size: int | str = "5GB",
     force: bool = False,
 ) -> None:
-    """Writes a folder of weights in another format or dtype, its tokenizer with it. Only a
-    small part of the weights is in memory at any time.
+    """Writes weights in another format or dtype, their tokenizer with them. Only a small
+    part of the weights is in memory at any time.
 
     **Arguments:**
 
-    - `source`: a folder that [`load_model`][] reads.
+    - `source`: a folder or a GGUF that [`load_model`][] reads.
     - `target`, `dtype`, `max_shard_size`, `force`: see [`save`][].
-    - `format`: `"mistral"` or `"huggingface"`. By default, the one that `source` is not.
+    - `format`: `"mistral"`, `"huggingface"` or `"gguf"`. By default, GGUF if the name of
+        `target` ends in `.gguf`, and otherwise Hugging Face's, or Mistral's if `source` is
+        Hugging Face's.
 
     **Raises:**
 
@@ -123,20 +139,88 @@ def convert(
     """
     checkpoint = open_checkpoint(source)
     checkpoint.check()
-    if format is None:
+    target = Path(target)
+    if format is None and target.suffix == ".gguf":
+        format = GGUF
+    elif format is None:
         format = MISTRAL if checkpoint.format == HUGGINGFACE else HUGGINGFACE
     order = weight_shapes(checkpoint.config)
+    tensors = {name: checkpoint.tensors[name] for name in order}
+    if format == GGUF:
+        tokenizer = _tokenizer_of(checkpoint.folder)
+        options = {"force": force, "source": checkpoint.folder}
+        _write_gguf(checkpoint.config, tensors, target, dtype, tokenizer, **options)
+        return
     _write(
         checkpoint.config,
-        {name: checkpoint.tensors[name] for name in order},
-        Path(target),
+        tensors,
+        target,
         format=format,
         dtype=dtype,
         max_shard_size=max_shard_size,
-        companions=[f for pattern in _COMPANIONS for f in checkpoint.folder.glob(pattern)],
+        companions=_companions(checkpoint.folder),
         force=force,
         source=checkpoint.folder,
     )
+
+
+def _companions(source: Path) -> dict[str, Path | bytes]:
+    """What goes with the weights of a folder or a GGUF, by the names of the files."""
+    folder = source.parent if source.is_file() else source
+    files = [file for pattern in _COMPANIONS for file in folder.glob(pattern)]
+    if source == folder or any("token" in f.name or "tekken" in f.name for f in files):
+        return {file.name: file for file in files}
+    metadata = read_metadata(source)
+    if "tokenizer.ggml.tokens" not in metadata:
+        return {}
+    name, content = tokenizer_file(metadata, source)
+    found = {name: content}
+    template = chat_template(metadata)
+    return found if template is None else found | {_TEMPLATE: template.encode()}
+
+
+def _tokenizer_of(source: Path) -> Tokenizer | None:
+    try:
+        return load_tokenizer(source)
+    except FileNotFoundError:
+        return None
+
+
+def _write_gguf(
+    config: ModelConfig,
+    tensors: Mapping[str, StoredTensor],
+    target: Path,
+    dtype: DTypeLike | None,
+    tokenizer: Tokenizer | None,
+    *,
+    force: bool,
+    source: Path | None = None,
+) -> None:
+    if target.suffix != ".gguf":
+        raise ValueError(f"The name of a GGUF must end in .gguf, got {target.name!r}.")
+    if dtype is None:
+        dtypes = {tensor.kept_dtype for tensor in tensors.values()}
+        dtype = dtypes.pop() if len(dtypes) == 1 else DTYPES["F32"]
+    kind = dtype if dtype in TYPES else default_type(_checked_dtype(dtype))
+    path = None if tokenizer is None else tokenizer.path
+    if path is None or path.name == "tokenizer.json":
+        path = None
+        say_once(
+            f"{target} gets no tokenizer: there is no tokenizer.model and no tekken.json. "
+            "Keep the tokenizer beside it."
+        )
+    template = None if tokenizer is None else tokenizer.chat_template
+    file = GgufFile(config, tensors, kind, path, template)
+    if jax.process_index() > 0:
+        file.write(Path(os.devnull), lambda _: None)
+        return
+    _check_target(target, force=force, source=source)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _room_for(target, file.size), whole_file(target) as partial:
+        with tqdm(
+            desc="write", total=file.size, unit="B", unit_scale=True, disable=None
+        ) as bar:
+            file.write(partial, bar.update)
 
 
 def _write(
@@ -147,17 +231,14 @@ def _write(
     format: str,
     dtype: DTypeLike | None,
     max_shard_size: int | str,
-    companions: Sequence[Path],
+    companions: Mapping[str, Path | bytes],
     force: bool,
     source: Path | None = None,
 ) -> None:
     # All checks come before the first byte is written.
     if format not in CONFIGS:
-        raise ValueError(f"format must be {' or '.join(CONFIGS)}, got {format!r}.")
-    if dtype is not None:
-        dtype = np.dtype(dtype)
-    if dtype is not None and dtype not in DTYPES.values():
-        raise ValueError(f"dtype must be bfloat16, float16 or float32, got {dtype}.")
+        raise ValueError(f"format must be mistral, huggingface or gguf, got {format!r}.")
+    dtype = None if dtype is None else _checked_dtype(dtype)
     sizes = {
         name: tensor.size * (tensor.kept_dtype if dtype is None else dtype).itemsize
         for name, tensor in tensors.items()
@@ -179,41 +260,58 @@ def _write(
             content = {new_names[name]: tensors[new_names[name]] for name in names}
             write_safetensors(Path(os.devnull), content, dtype, progress=lambda _: None)
         return
-    for file in companions:
-        if not file.is_file():
+    for file in companions.values():
+        if isinstance(file, Path) and not file.is_file():
             raise FileNotFoundError(f"There is no tokenizer at {file}.")
     _check_target(folder, force=force, source=source)
     folder.parent.mkdir(parents=True, exist_ok=True)
     total = sum(sizes.values())
-    free = shutil.disk_usage(folder.parent).free
-    if total > free:
-        raise OSError(
-            f"{folder} needs {total / 1e9:.1f} GB, and only {free / 1e9:.1f} GB are free."
-        )
+    with _room_for(folder, total), whole_folder(folder) as partial:
+        _write_json(partial / CONFIGS[format], content)
+        for name, file in companions.items():
+            content = file if isinstance(file, bytes) else file.read_bytes()
+            (partial / name).write_bytes(content)
+        if format == HUGGINGFACE:
+            _describe_tokenizer(partial)
+        bar = tqdm(desc="write", total=total, unit="B", unit_scale=True, disable=None)
+        with bar:
+            for shard, names in shards.items():
+                content = {new_names[name]: tensors[new_names[name]] for name in names}
+                write_safetensors(partial / shard, content, dtype, progress=bar.update)
+        if len(shards) > 1:
+            places = {new_names[n]: file for file, names in shards.items() for n in names}
+            index = {"metadata": {"total_size": total}, "weight_map": places}
+            _write_json(partial / "model.safetensors.index.json", index)
 
+
+def _checked_dtype(dtype: DTypeLike) -> np.dtype:
     try:
-        with whole_folder(folder) as partial:
-            _write_json(partial / CONFIGS[format], content)
-            for file in companions:
-                shutil.copyfile(file, partial / file.name)
-            if format == HUGGINGFACE:
-                _describe_tokenizer(partial)
-            bar = tqdm(desc="write", total=total, unit="B", unit_scale=True, disable=None)
-            with bar:
-                for shard, names in shards.items():
-                    content = {new_names[name]: tensors[new_names[name]] for name in names}
-                    write_safetensors(partial / shard, content, dtype, progress=bar.update)
-            if len(shards) > 1:
-                places = {
-                    new_names[n]: file for file, names in shards.items() for n in names
-                }
-                index = {"metadata": {"total_size": total}, "weight_map": places}
-                _write_json(partial / "model.safetensors.index.json", index)
+        dtype = np.dtype(dtype)
+    except TypeError as error:
+        raise ValueError(
+            f"dtype must be one of a model's weights, got {dtype!r}."
+        ) from error
+    if dtype not in DTYPES.values():
+        raise ValueError(f"dtype must be bfloat16, float16 or float32, got {dtype}.")
+    return dtype
+
+
+@contextlib.contextmanager
+def _room_for(target: Path, size: int) -> Iterator[None]:
+    """Raises `OSError` if there is no room for so many bytes, now or while they are
+    written."""
+    free = shutil.disk_usage(target.parent).free
+    if size > free:
+        raise OSError(
+            f"{target} needs {size / 1e9:.1f} GB, and only {free / 1e9:.1f} GB are free."
+        )
+    try:
+        yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise OSError(
-            f"{folder} cannot be written: {os.strerror(error.errno)}. Nothing is left of "
+            f"{target} cannot be written: {os.strerror(error.errno)}. Nothing is left of "
             "it. Make room, or choose another disk."
         ) from error
 
@@ -248,7 +346,8 @@ def _check_target(folder: Path, *, force: bool, source: Path | None) -> None:
         raise FileExistsError(
             f"{folder} is there already. Move it, choose another, or force it."
         )
-    if not any((folder / name).is_file() for name in CONFIGS.values()):
+    is_gguf = folder.suffix == ".gguf" and folder.is_file()
+    if not is_gguf and not any((folder / name).is_file() for name in CONFIGS.values()):
         raise FileExistsError(f"{folder} holds no model, and is not replaced.")
     if source is not None and source.resolve().is_relative_to(folder.resolve()):
         raise FileExistsError(f"{folder} holds what is converted, and is not replaced.")

@@ -1,4 +1,5 @@
-"""Which files of a folder hold a model, in Mistral's own format or in Hugging Face's."""
+"""Which files hold a model: in a folder in Mistral's own format or in Hugging Face's, or a
+GGUF."""
 
 import json
 import os
@@ -10,11 +11,13 @@ from .. import arguments
 from ..arguments import printable, say_once
 from ..config import ModelConfig
 from .config_json import config_from_json
+from .gguf import gguf_files
 from .hub import local_folder
+from .llamacpp import read_gguf_config
 from .params import config_from_params
 
 
-MISTRAL, HUGGINGFACE = "mistral", "huggingface"
+MISTRAL, HUGGINGFACE, GGUF = "mistral", "huggingface", "gguf"
 CONFIGS = {MISTRAL: "params.json", HUGGINGFACE: "config.json"}
 # Where each format keeps its weights, the best first: one file, an index of several, or
 # several without an index.
@@ -40,21 +43,52 @@ _ADAPTERS = ("adapter_config.json", "adapter_model.*", "*lora*.safetensors")
 
 
 def read_config(folder: str | os.PathLike) -> ModelConfig:
-    """Reads and checks a folder's `params.json` or `config.json`. Raises as
-    [`load_model`][] does."""
-    folder = local_folder(folder)
-    return read_config_as(folder, format_of(folder))
+    """Reads and checks a folder's `params.json` or `config.json`, or a GGUF's metadata.
+    Raises as [`load_model`][] does."""
+    return read_config_as(*located(folder))
 
 
 def read_config_as(folder: Path, format: str) -> ModelConfig:
-    path = folder / CONFIGS[format]
+    path = folder if format == GGUF else folder / CONFIGS[format]
     try:
+        if format == GGUF:
+            return read_gguf_config(path)
         content = read_json_object(path)
         # The first Mixtral's params.json has the names of a config.json.
         of_huggingface = format == HUGGINGFACE or "hidden_size" in content
         return (config_from_json if of_huggingface else config_from_params)(content)
     except ValueError as error:
         raise ValueError(printable(f"{path} cannot be used: {error}")) from error
+
+
+def located(folder: str | os.PathLike) -> tuple[Path, str]:
+    """Where a model is, and in which format. A GGUF file may also be named by the folder
+    that holds it and no other model.
+
+    **Raises:**
+
+    `FileNotFoundError` if there is no model, `ValueError` if it is not clear which one.
+    """
+    path = local_folder(folder)
+    file = gguf_in(path)
+    return (path, format_of(path)) if file is None else (file, GGUF)
+
+
+def gguf_in(path: Path) -> Path | None:
+    """The GGUF file itself, or the only one in a folder without other weights."""
+    if path.suffix == ".gguf" and not path.is_dir():
+        if not path.exists():
+            raise FileNotFoundError(printable(f"There is no file {path}."))
+        return path
+    if any(_found(path, pattern) for known in _WEIGHTS.values() for pattern in known):
+        return None
+    # A vision encoder is a file of its own, and parts of a split file follow the first.
+    files = [f for f in _found(path, "*.gguf") if not f.name.startswith("mmproj")]
+    firsts = sorted({gguf_files(file)[0] for file in files})
+    if len(firsts) > 1:
+        names = ", ".join(file.name for file in firsts[:5])
+        raise ValueError(printable(f"{path} holds several models: name one of {names}."))
+    return firsts[0] if firsts else None
 
 
 def format_of(folder: Path) -> str:

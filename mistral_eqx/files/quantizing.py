@@ -1,13 +1,15 @@
-"""Weights that become eight or four bits while they are read."""
+"""Weights that become eight or four bits while they are read, or are so already."""
 
 import dataclasses
 import functools
+import re
 from collections.abc import Mapping
 
 import jax
 import numpy as np
 
-from ..kernels.quantized import quantized
+from ..kernels.quantized import GROUP, quantized
+from ..transformer import Transformer
 from .weights import Index, StoredTensor
 
 
@@ -17,19 +19,75 @@ _NAMES = {np.dtype(np.int8): "I8", np.dtype(np.uint8): "U8"}
 _NAMES |= {np.dtype(np.float16): "F16", np.dtype(np.float32): "F32"}
 
 
+# The types of a GGUF that are values and scales already.
+_STAYING = ({"Q8_0"}, {"Q4_0"})
+
+
 def quantized_tensors(
     tensors: Mapping[str, StoredTensor], scheme: str
 ) -> dict[str, StoredTensor]:
     """The tensors of a model, and `values` and `scales` for the weights of every layer that
     is quantized. A model whose embeddings are its output gets an output of its own."""
-    out = dict(tensors)
     sources = {"output.weight": tensors["tok_embeddings.weight"], **tensors}
-    for name, tensor in sources.items():
-        stem = name.removesuffix(".weight")
-        if len(tensor.shape) == 2 and not stem.endswith((".gate", "tok_embeddings")):
-            layer = _Layer(tensor, scheme)
-            out[f"{stem}.values"], out[f"{stem}.scales"] = layer.stored()
+    layers = {
+        name.removesuffix(".weight"): tensor
+        for name, tensor in sources.items()
+        if len(tensor.shape) == 2
+        and not name.endswith((".gate.weight", "tok_embeddings.weight"))
+    }
+    # The model may stack those that differ in nothing but numbers, so they are of one kind.
+    kinds = {}
+    for stem, tensor in layers.items():
+        kinds.setdefault(re.sub(r"\d+", "0", stem), set()).add(tensor.dtype)
+    out = dict(tensors)
+    for stem, tensor in layers.items():
+        if kinds[re.sub(r"\d+", "0", stem)] in _STAYING:
+            parts = _as_stored(tensor)
+        else:
+            parts = _Layer(tensor, scheme).stored()
+        out[f"{stem}.values"], out[f"{stem}.scales"] = parts
     return out
+
+
+def with_stored_shapes(
+    model: Transformer, tensors: Mapping[str, StoredTensor]
+) -> Transformer:
+    """A skeleton with the values and scales that the tensors have: those of a GGUF have a
+    scale for each 32 numbers."""
+    dtypes = {name: dtype for dtype, name in _NAMES.items()}
+
+    def stored(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        tensor = tensors[name.replace(".experts.", ".experts.0.")]
+        if path[-1].name not in ("values", "scales"):
+            return leaf
+        shape = (*leaf.shape[:-2], *tensor.shape)
+        return jax.ShapeDtypeStruct(shape, dtypes[tensor.dtype])
+
+    return jax.tree_util.tree_map_with_path(stored, model)
+
+
+def _as_stored(tensor: StoredTensor) -> tuple[StoredTensor, StoredTensor]:
+    """Values and scales of a tensor in Q8_0 or Q4_0. A block is a scale and its numbers."""
+    rows, width = tensor.shape[0], tensor.shape[1] // GROUP
+    size = tensor.blocks.shape[1] // width
+    dtype = np.dtype(np.int8 if tensor.dtype == "Q8_0" else np.uint8)
+
+    def part(cut: slice, dtype: np.dtype) -> StoredTensor:
+        each = len(range(size)[cut]) // dtype.itemsize
+
+        def read(index: Index) -> np.ndarray:
+            columns = range(width * each)[index[1]]
+            first, last = columns.start // each, -(-columns.stop // each)
+            raw = tensor.blocks.read((index[0], slice(first * size, last * size)))
+            raw = raw.reshape(len(raw), -1, size)[..., cut]
+            numbers = np.ascontiguousarray(raw).view(dtype).reshape(len(raw), -1)
+            return numbers[:, columns.start - first * each :][:, : len(columns)]
+
+        shape, name = (rows, width * each), _NAMES[dtype]
+        return dataclasses.replace(tensor, dtype=name, shape=shape, read=read, blocks=None)
+
+    return part(slice(2, size), dtype), part(slice(0, 2), np.dtype(np.float16))
 
 
 class _Layer:
@@ -45,7 +103,11 @@ class _Layer:
         reads = (self._read_values, self._read_scales)
         return tuple(
             dataclasses.replace(
-                self._tensor, dtype=_NAMES[part.dtype], shape=part.shape, read=read
+                self._tensor,
+                dtype=_NAMES[part.dtype],
+                shape=part.shape,
+                read=read,
+                blocks=None,
             )
             for part, read in zip(jax.eval_shape(self._quantize, shape), reads)
         )

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import sentencepiece
@@ -13,6 +14,8 @@ import sentencepiece
 from .. import arguments
 from ..arguments import printable
 from .folders import read_json_object
+from .gguf import read_metadata
+from .gguf_tokenizer import chat_template, special_ids, tokenizer_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,19 +52,26 @@ class Vocabulary:
 
 
 def open_sentencepiece(path: Path) -> Vocabulary:
+    added = path.with_name("added_tokens.json")
+    config = _read_tokenizer_config(path)
+    return _sentencepiece(path, {"model_file": str(path)}, added, config)
+
+
+def _sentencepiece(
+    path: Path, source: Mapping[str, Any], added: Path | None, config: Mapping[str, Any]
+) -> Vocabulary:
     try:
-        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        model = sentencepiece.SentencePieceProcessor(**source)
         n_pieces = model.vocab_size()
         # Looked at once: a piece that is no text would fail in the middle of a text.
         model.id_to_piece(list(range(n_pieces)))
     except (RuntimeError, OSError, UnicodeDecodeError) as error:
         raise _unreadable(path, "a sentencepiece model", error) from error
-    added = _read_added_tokens(path.parent / "added_tokens.json", n_pieces)
+    added = {} if added is None else _read_added_tokens(added, n_pieces)
     special = [i for i in range(n_pieces) if model.is_control(i) or model.is_unknown(i)]
     names = {model.id_to_piece(i): i for i in special} | added
     own = {"bos_token": model.bos_id(), "eos_token": model.eos_id()}
     own |= {"unk_token": model.unk_id()}
-    config = _read_tokenizer_config(path)
 
     def decode(ids: list[int]) -> str:
         # Added tokens are control tokens in all but name, and have no text.
@@ -189,14 +199,13 @@ def open_tekken(path: Path) -> Vocabulary:
 
 
 def open_tokenizer_json(path: Path) -> Vocabulary:
+    return _tokenizer_json(path, path.read_bytes(), _read_tokenizer_config(path))
+
+
+def _tokenizer_json(path: Path, content: bytes, config: Mapping[str, Any]) -> Vocabulary:
+    tokenizers = _import_tokenizers(path)
     try:
-        import tokenizers
-    except ImportError as error:
-        raise ImportError(
-            f'{path} can only be read with tokenizers: pip install "mistral_eqx[chat]".'
-        ) from error
-    try:
-        model = tokenizers.Tokenizer.from_file(str(path))
+        model = tokenizers.Tokenizer.from_buffer(content)
         added = model.get_added_tokens_decoder()
         size = max(model.get_vocab(with_added_tokens=True).values()) + 1
     except BaseException as error:  # tokenizers raises `Exception` itself
@@ -206,7 +215,7 @@ def open_tokenizer_json(path: Path) -> Vocabulary:
     # The name of a special token in a text is text.
     model.encode_special_tokens = True
     special = {str(token.content): i for i, token in added.items() if token.special}
-    names = _special_names(_read_tokenizer_config(path))
+    names = _special_names(config)
     bos, eos = names.get("bos_token", "<s>"), names.get("eos_token", "</s>")
     for name in (bos, eos):
         if model.token_to_id(name) is None:
@@ -239,6 +248,30 @@ def open_tokenizer_json(path: Path) -> Vocabulary:
     )
 
 
+def _import_tokenizers(path: Path) -> ModuleType:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ImportError(
+            f'{path} can only be read with tokenizers: pip install "mistral_eqx[chat]".'
+        ) from error
+    return tokenizers
+
+
+def open_gguf(path: Path) -> Vocabulary:
+    """The tokenizer in a GGUF's metadata."""
+    metadata = read_metadata(path)
+    if metadata.get("tokenizer.ggml.model") == "gpt2":
+        _import_tokenizers(path)
+    name, content = tokenizer_file(metadata, path)
+    tokens = metadata["tokenizer.ggml.tokens"]
+    ids = {"unk" if k == "unknown" else k: i for k, i in special_ids(metadata).items()}
+    config = {f"{key}_token": tokens[i] for key, i in ids.items()}
+    if name == "tokenizer.json":
+        return _tokenizer_json(path, content, config)
+    return _sentencepiece(path, {"model_proto": content}, None, config)
+
+
 def _read_tokenizer_config(beside: Path) -> dict[str, Any]:
     path = beside.with_name("tokenizer_config.json")
     return _read_object(path) if path.is_file() else {}
@@ -257,7 +290,10 @@ def _special_names(config: Mapping[str, Any]) -> dict[str, str]:
 
 def read_eos_ids(folder: Path) -> tuple[int, ...]:
     """The ids that end a text, as a folder's `generation_config.json` has them, or its
-    `config.json`; none if neither says. Raises `ValueError` for others than ids."""
+    `config.json`, or a GGUF; none if none says. Raises `ValueError` for others than ids."""
+    if folder.suffix == ".gguf":
+        ids = special_ids(read_metadata(folder))
+        return tuple(sorted({ids[key] for key in ("eos", "eot", "eom") if key in ids}))
     for path in (folder / "generation_config.json", folder / "config.json"):
         ids = _read_object(path).get("eos_token_id") if path.is_file() else None
         if ids is not None:
@@ -272,9 +308,12 @@ def read_eos_ids(folder: Path) -> tuple[int, ...]:
 
 
 def read_chat_templates(folder: Path) -> tuple[Path, dict[str, str]]:
-    """The chat templates of a folder by their names, "default" and "tool_use", and the
-    file that they are in; none if the folder has none. Files of their own come first, as
-    in transformers. Raises `ValueError` for what are no templates."""
+    """The chat templates of a folder, or a GGUF, by their names, "default" and "tool_use",
+    and the file that they are in; none if there are none. Files of their own come first,
+    as in transformers. Raises `ValueError` for what are no templates."""
+    if folder.suffix == ".gguf":
+        found = chat_template(read_metadata(folder))
+        return folder, {} if found is None else {"default": found}
     path = folder / "chat_template.jinja"
     files = {"default": path}
     files["tool_use"] = folder / "additional_chat_templates" / "tool_use.jinja"

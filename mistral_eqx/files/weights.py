@@ -51,6 +51,7 @@ class StoredTensor:
     - `dtype`: of its numbers, in the words of safetensors: `"BF16"`.
     - `shape`: its lengths.
     - `read`: takes a slice for each axis and returns that part.
+    - `blocks`: the bytes of a GGUF's blocks, of which `read` makes numbers.
     """
 
     file: Path
@@ -58,6 +59,7 @@ class StoredTensor:
     dtype: str
     shape: tuple[int, ...]
     read: Callable[[Index], np.ndarray]
+    blocks: "StoredTensor | None" = None
 
     @property
     def size(self) -> int:
@@ -66,13 +68,16 @@ class StoredTensor:
     @property
     def kept_dtype(self) -> np.dtype:
         """The type of the numbers in a model that is loaded or written as it is."""
+        if self.blocks is not None:
+            return DTYPES["BF16"]
         return _KEPT.get(self.dtype, DTYPES["F32"])
 
     def pieces(self, index: Index) -> Iterator[tuple[slice, np.ndarray]]:
         """Reads the part at `index` in pieces of rows, each with its place in the part."""
         bounds = [range(n)[part] for n, part in zip(self.shape, index)]
         rows, rest = bounds[0], [len(part) for part in bounds[1:]]
-        step = max(1, PIECE // (_SIZES[self.dtype] * int(np.prod(rest)) or 1))
+        size = _SIZES.get(self.dtype, 4)
+        step = max(1, PIECE // (size * int(np.prod(rest)) or 1))
         # Whole heads of up to 256 rows: they may have to be permuted.
         step = max(256, step // 256 * 256)
         for start in range(0, len(rows), step):

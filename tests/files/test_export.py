@@ -131,7 +131,7 @@ def test_nothing_is_left_half_written(error, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"format": "gguf"}, "format must be mistral or huggingface, got 'gguf'"),
+        ({"format": "onnx"}, "format must be mistral, huggingface or gguf, got 'onnx'"),
         ({"dtype": "int8"}, "dtype must be bfloat16, float16 or float32, got int8"),
         ({"max_shard_size": "5 apples"}, 'max_shard_size must be like "5GB"'),
         ({"max_shard_size": 0}, "max_shard_size must be like"),
