@@ -112,12 +112,15 @@ def mutated_bytes(rng: random.Random, content: bytes, first: int | None = None) 
     return bytes(content[: rng.randrange(len(content))] if cut < 0.2 else content)
 
 
+SIZES = {"vocab_size": 2048, "sliding_window": None, "head_dim": 8, "hidden_dim": 64}
+
+
 class Files:
-    """Small folders in both formats, of which one file at a time is spoilt."""
+    """Small models in all formats, of which one file at a time is spoilt."""
 
     def __init__(self, root: Path):
         self.root = root
-        model = random_model(vocab_size=2048, sliding_window=None)
+        model = random_model(**SIZES)
         tokenizer = TINY_MISTRAL / "tokenizer.model"
         mx.save(model, root / "raw", tokenizer=tokenizer)
         options = {"format": "huggingface", "max_shard_size": "100KB"}
@@ -128,6 +131,7 @@ class Files:
         )
         with jax.numpy_dtype_promotion("standard"):
             self.fit(small(), steps=1, checkpoint=root / "checkpoint")
+        mx.convert(root / "raw", root / "gguf" / "model.gguf", dtype="q8_0")
         (root / "json").mkdir()
         make_tokenizer_json(root / "json" / "tokenizer.json")
 
@@ -150,13 +154,13 @@ class Files:
         return Case(call, words, f"{path.name}: {content[:80]!r}")
 
     def folder(self, folder: Path, path: Path, content: bytes) -> Case:
-        def read():
-            open_checkpoint(folder).check()
-            inspect_folder(folder)
-            mx.load_tokenizer(folder)
-            plan(mx.files.folders.read_config(folder), {"model": 2})
+        return self.case(path, content, functools.partial(self.look, folder))
 
-        return self.case(path, content, read)
+    def look(self, folder: Path) -> None:
+        open_checkpoint(folder).check()
+        inspect_folder(folder)
+        mx.load_tokenizer(folder)
+        plan(mx.files.folders.read_config(folder), {"model": 2})
 
     def json_case(self, rng: random.Random, folder: Path, name: str) -> Case:
         path = folder / name
@@ -192,6 +196,24 @@ class Files:
         else:
             content = mutated_bytes(rng, content, size)
         return self.folder(folder, path, content)
+
+    def gguf(self, rng: random.Random) -> Case:
+        """Spoilt in its first keys, in its tokens, or in its list of tensors."""
+        path = self.root / "gguf" / "model.gguf"
+        content = path.read_bytes()
+        start = content.index(b"token_embd.weight")
+        first, last = rng.choice([(0, 1200), (0, start), (start, start + 1400)])
+        spoilt = mutated_bytes(rng, content[first:], last - first)
+
+        def read():
+            tokenizer = mx.load_tokenizer(path)
+            tokenizer.decode(tokenizer.encode("To be, or not\n\n é🦙"))
+            self.look(path)
+            mx.load_model(path, dtype=jnp.float32)
+
+        case = self.case(path, content[:first] + spoilt, read)
+        case.words += ("mesh", "divide")
+        return case
 
     def tokenizer(self, rng: random.Random) -> Case:
         def read(path=None):
@@ -465,6 +487,7 @@ def run(cases: int, seed: int) -> tuple[dict[str, collections.Counter], list[str
             "params.json": files.params,
             "config.json": files.config,
             "index": files.index,
+            "gguf": files.gguf,
             "tokenizer": files.tokenizer,
             "tekken": files.tekken,
             "templates": files.template,

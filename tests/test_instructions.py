@@ -88,7 +88,31 @@ def wrong_template(folder):
     (folder / "chat_template.jinja").write_text("{% if %}")
 
 
+def as_gguf(folder, name="model.gguf"):
+    mx.convert(folder, folder.parent / "out" / name, force=True)
+    for file in folder.iterdir():
+        file.unlink()
+    return shutil.move(folder.parent / "out" / name, folder / name)
+
+
+def damaged_gguf(folder):
+    path = as_gguf(folder)
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def other_architecture(folder):
+    path = as_gguf(folder)
+    path.write_bytes(path.read_bytes().replace(b"llama", b"qwen2"))
+
+
+def several(folder):
+    shutil.copy(as_gguf(folder), folder / "other.gguf")
+
+
 FAULTS = [
+    damaged_gguf,
+    other_architecture,
+    several,
     adapter,
     no_tokenizer,
     without_weights,

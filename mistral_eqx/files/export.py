@@ -1,4 +1,4 @@
-"""Folders of weights and GGUF files written, from a model in memory or from another format."""
+"""Folders and GGUF files written, from a model in memory or from another format."""
 
 import contextlib
 import errno

@@ -164,8 +164,7 @@ def config_from_gguf(
     arch = metadata.get("general.architecture")
     if arch not in ("llama", "mistral3"):
         raise ValueError(
-            f"general.architecture is {arch!r}, which this model does not implement: only "
-            "llama and mistral3 are Mistrals."
+            f"general.architecture is {arch!r}, and only llama and mistral3 are Mistrals."
         )
     table = shapes.get("token_embd.weight")
     if table is None:
