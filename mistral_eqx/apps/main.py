@@ -2,15 +2,18 @@
 
 import argparse
 import contextlib
+import functools
 import io
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import jax
 
+from ..arguments import say_once
 from ..devices.processes import connect
 from . import (
     bench,
@@ -90,6 +93,18 @@ def _keep_programs() -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
     # Many of them take less than JAX thinks worth keeping, and seconds together.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    warnings.showwarning = functools.partial(_warn, warnings.showwarning)
+
+
+def _warn(show: Callable, message: Warning, *more) -> None:
+    """JAX compiles anew what it cannot read, and warns of each program in several lines."""
+    if "persistent compilation cache" in str(message):
+        say_once(
+            f"Compiled programs in {jax.config.jax_compilation_cache_dir} are damaged, and "
+            "are compiled again. Delete the folder to be rid of this."
+        )
+    else:
+        show(message, *more)
 
 
 def _output(options: argparse.Namespace) -> io.TextIOBase:

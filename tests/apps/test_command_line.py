@@ -583,6 +583,12 @@ def test_compiled_programs_are_kept(small, tmp_path):
     assert (code, err) == (0, b"")
     assert any("decode" in name for name in kept)
     assert start(tmp_path / "cache") == (0, out, b"", kept)
+    # As a process leaves them that was killed while it wrote.
+    for file in (tmp_path / "cache").rglob("*-cache"):
+        file.write_bytes(file.read_bytes()[:-20])
+    code, again, err, _ = start(tmp_path / "cache")
+    assert (code, again) == (0, out)
+    assert err.count(b"\n") == 1 and b"cache/mistral_eqx are damaged" in err
     assert start(tmp_path / "none", "--no-compilation-cache") == (0, out, b"", set())
     (tmp_path / "file").write_text("no small can be made here")
     assert start(tmp_path / "file" / "home") == (0, out, b"", set())
