@@ -44,12 +44,13 @@ def encode_by_template(
     if tools and tokenizer.tool_template is not None:
         source = tokenizer.tool_template
     if source is None:
-        raise ValueError(
-            printable(
-                f"{tokenizer.path} has no chat template: its folder has no "
-                "chat_template.jinja, nor a chat_template in a tokenizer_config.json."
-            )
+        why = (
+            "its metadata have none. Put the tokenizer.model or tekken.json beside it."
+            if tokenizer.path.suffix == ".gguf"
+            else "its folder has no chat_template.jinja, nor a chat_template in a "
+            "tokenizer_config.json."
         )
+        raise ValueError(printable(f"{tokenizer.path} has no chat template: {why}"))
     given = {"messages": list(messages), "tools": list(tools) or None}
     if reasoning_effort is not None:
         given["reasoning_effort"] = reasoning_effort

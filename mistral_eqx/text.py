@@ -34,10 +34,10 @@ def load(
 
     **Arguments:**
 
-    - `folder`: in Mistral's own format or in Hugging Face's, with its tokenizer; or a name
-        on Hugging Face's hub, as "mistralai/Mistral-7B-v0.3", if huggingface_hub is
-        installed. Without it, the model that comes with this package, which has read
-        Shakespeare and the Bible.
+    - `folder`: in Mistral's own format or in Hugging Face's, with its tokenizer; or a GGUF
+        file; or a name on Hugging Face's hub, as "mistralai/Mistral-7B-v0.3", if
+        huggingface_hub is installed. Without it, the model that comes with this package,
+        which has read Shakespeare and the Bible.
     - `dtype`, `quantize`, `mesh`: of the weights, in how many bits, and where they go; see
         [`load_model`][mistral_eqx.load_model].
 

@@ -42,7 +42,8 @@ def add_model(parser: argparse.ArgumentParser, *, positional: bool = False) -> N
     parser.add_argument(
         "--model",
         metavar="FOLDER",
-        help="the folder of the model; without it the model that comes with the package",
+        help="the folder of the model, or a GGUF file; without it the model that comes "
+        "with the package",
     )
 
 

@@ -21,6 +21,8 @@ from .replaced import replaceable, replaces
 SCHEMES = ("int8", "int4")
 # How many numbers of a row share a scale, where a row has several.
 GROUP = 32
+# How many numbers of a block stay in a CPU's cache.
+_NEAR = 2**20
 Values = Int8[Array, "*stack out in"] | UInt8[Array, "*stack out half"]
 Scales = Float[Array, "*stack out groups"]
 Model = TypeVar("Model", bound=eqx.Module)
@@ -60,11 +62,8 @@ def quantized_product_on_cpu(
     converts all weights before the loop of decode steps."""
     x, values, scales = jax.lax.optimization_barrier((x, values, scales))
     rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0] < 4:
-        out = product_of_few_rows(rows, values, scales)
-    else:
-        rows, weight, factor = _together(rows, values, scales)
-        out = factor[None] * cpu.project(rows, weight)
+    multiply = product_of_few_rows if rows.shape[0] < 4 else _product_of_many_rows
+    out = multiply(rows, values, scales)
     return out.reshape(*x.shape[:-1], -1).astype(x.dtype)
 
 
@@ -77,6 +76,24 @@ def product_of_few_rows(
     pairs, factor = _parts(x.astype(jnp.float32), values, scales)
     cuts = (cut for pair in pairs for cut in _cuts(*pair))
     return factor[None] * sum(cpu.product_of_few_rows(*cut) for cut in cuts)
+
+
+def _product_of_many_rows(
+    x: Float[Array, "rows in"], values: Values, scales: Scales
+) -> Float32[Array, "rows out"]:
+    """On a CPU, in blocks of the weight, of 64 rows or more, that are still in its cache
+    when they have become floats."""
+    n_out, width = values.shape[0], x.shape[1]
+    n = next(
+        n for n in range(1, n_out + 1) if n_out % n == 0 and n_out * width / n <= _NEAR
+    )
+
+    def product(parts: tuple[Values, Scales]) -> Float32[Array, "rows cut"]:
+        rows, weight, factor = _together(x, *parts)
+        return factor[None] * cpu.project(rows, weight)
+
+    blocks = [part.reshape(n, n_out // n, -1) for part in (values, scales)]
+    return jax.lax.map(product, tuple(blocks)).transpose(1, 0, 2).reshape(len(x), n_out)
 
 
 def _cuts(

@@ -21,6 +21,10 @@ there the logits behind a prompt must agree within 6 percent of their spread (ro
 squares), and where an engine's tokens first leave the package's, the two tokens must be
 closer for the package than six times that error. The number of tokens up to there is told.
 
+With `--dtype int8` the package holds the weights in eight bits with a scale for each row,
+and llama.cpp in its Q8_0; the package's own bfloat16 takes turns with them. They agree as
+in bfloat16.
+
 Two engines do another computation past a window, which only `tiny` has: llama.cpp's llama
 has no window, and the one-file reference sees a token more in prefill. They are checked
 within the window. The one-file port makes the logits of every token of a prompt.
@@ -63,7 +67,10 @@ PROBED = ("bandwidth", "bandwidth", None)
 CHECK = (16, 40)
 WHAT = ("decode", "batch", "prefill", "train")
 # How far apart logits may be, in units of their own spread.
-TOLERANCE = {"float32": 1e-3, "bfloat16": 6e-2}
+TOLERANCE = {"float32": 1e-3, "bfloat16": 6e-2, "int8": 6e-2}
+GGUF_TYPES = {"float32": "f32", "bfloat16": "bf16", "int8": "q8_0"}
+# Those that have eight bits; the second of them, to compare with.
+IN_EIGHT_BITS = ("mistral_eqx", "mistral_eqx bfloat16", "llama.cpp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +92,7 @@ class Package:
     name = "mistral_eqx"
     window = True
     does = ("decode", "batch", "prefill", "train")
+    quantize = "int8"
 
     def __init__(self, job: Job):
         import jax
@@ -92,7 +100,10 @@ class Package:
         import mistral_eqx as mx
 
         self.job, self.mx, self.key = job, mx, jax.random.key(0)
-        self.model = jax.block_until_ready(mx.load_model(job.folder, dtype=job.dtype))
+        options = {"dtype": job.dtype}
+        if job.dtype == "int8":
+            options = {"dtype": "bfloat16", "quantize": self.quantize}
+        self.model = jax.block_until_ready(mx.load_model(job.folder, **options))
 
     def logits(self, tokens):
         import numpy as np
@@ -152,6 +163,13 @@ class Package:
             return float(jax.block_until_ready(loss))
 
         return (lambda: None), run, TRAIN_ROWS * TRAIN_LENGTH
+
+
+class InBfloat16(Package):
+    """The package's own bfloat16, where it is measured in eight bits."""
+
+    name = "mistral_eqx bfloat16"
+    quantize = None
 
 
 class OneFile:
@@ -408,7 +426,9 @@ class Probe:
         return (lambda: None), run, self.matrix.nbytes
 
 
-ENGINES = {cls.name: cls for cls in (Package, OneFile, Transformers, LlamaCpp, Probe)}
+ENGINES = {
+    cls.name: cls for cls in (Package, InBfloat16, OneFile, Transformers, LlamaCpp, Probe)
+}
 
 
 def training_tokens(vocab_size):
@@ -491,6 +511,7 @@ class Worker:
 
 def write_model(shape: str, dtype: str, folder: str) -> None:
     """Random weights in Hugging Face's format, or the embedded model's."""
+    dtype = "bfloat16" if dtype == "int8" else dtype
     sys.path.insert(0, str(ROOT))
     import jax
 
@@ -505,85 +526,12 @@ def write_model(shape: str, dtype: str, folder: str) -> None:
     mx.save(model, folder, format="huggingface", max_shard_size="100GB")
 
 
-def write_gguf(folder: str, path: str) -> None:
-    """The weights of a folder as llama.cpp reads them, in the type that they have there.
-
-    llama.cpp's `llama` pairs neighbouring features in its rotary embedding, as Mistral's
-    own files do, so the rows of the queries and keys are those of Mistral's format. Norms
-    are float32 in any GGUF. A window is left out: there is no place for it.
-    """
+def write_gguf(folder: str, path: str, dtype: str) -> None:
+    """The weights of a folder as llama.cpp reads them. It ignores a window."""
     sys.path.insert(0, str(ROOT))
-    import gguf
-    import numpy as np
+    import mistral_eqx as mx
 
-    from mistral_eqx.files.checkpoint import open_checkpoint
-
-    checkpoint = open_checkpoint(folder)
-    config, bf16 = checkpoint.config, checkpoint.dtype != np.float32
-    kinds, files = gguf.GGMLQuantizationType, gguf.LlamaFileType
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_file_type(files.MOSTLY_BF16 if bf16 else files.ALL_F32)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(4096)
-    writer.add_embedding_length(config.dim)
-    writer.add_block_count(config.n_layers)
-    writer.add_feed_forward_length(config.hidden_dim)
-    writer.add_head_count(config.n_heads)
-    writer.add_head_count_kv(config.n_kv_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_tokenizer_model("no_vocab")
-    for name in checkpoint.tensors:
-        shape = checkpoint.tensors[name].shape
-        if bf16 and len(shape) > 1:
-            shape, dtype, kind = (
-                (*shape[:-1], 2 * shape[-1]),
-                np.dtype(np.uint8),
-                kinds.BF16,
-            )
-        else:
-            dtype, kind = np.dtype(np.float32), None
-        writer.add_tensor_info(
-            gguf_name(name), shape, dtype, int(np.prod(shape)) * dtype.itemsize, kind
-        )
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for tensor in checkpoint.tensors.values():
-        values = tensor.read((slice(None),) * len(tensor.shape))
-        if len(tensor.shape) == 1:
-            values = values.astype(np.float32)
-        values = np.ascontiguousarray(values)
-        writer.write_tensor_data(
-            values.view(np.uint8) if values.dtype.itemsize == 2 else values
-        )
-    writer.close()
-
-
-def gguf_name(name: str) -> str:
-    """`layers.3.attention.wq.weight` is `blk.3.attn_q.weight` there."""
-    parts = {
-        "layers": "blk",
-        "tok_embeddings": "token_embd",
-        "norm": "output_norm",
-        "attention.wq": "attn_q",
-        "attention.wk": "attn_k",
-        "attention.wv": "attn_v",
-        "attention.wo": "attn_output",
-        "feed_forward.w1": "ffn_gate",
-        "feed_forward.w2": "ffn_down",
-        "feed_forward.w3": "ffn_up",
-        "attention_norm": "attn_norm",
-        "ffn_norm": "ffn_norm",
-    }
-    name = name.removesuffix(".weight")
-    if name.startswith("layers."):
-        _, layer, part = name.split(".", 2)
-        return f"blk.{layer}.{parts[part]}.weight"
-    return f"{parts.get(name, name)}.weight"
+    mx.convert(folder, path, dtype=GGUF_TYPES[dtype])
 
 
 def in_a_process(function, *arguments) -> None:
@@ -768,9 +716,10 @@ def needs(config, dtype: str, what: dict, steps: int) -> dict[str, float]:
     from mistral_eqx.apps.measure import decode_bytes, prefill_flops
 
     make = eqx.filter_eval_shape
-    skeleton = make(
-        mx.Transformer, config, dtype=jax.numpy.dtype(dtype), key=jax.random.key(0)
-    )
+    floats = jax.numpy.dtype("bfloat16" if dtype == "int8" else dtype)
+    skeleton = make(mx.Transformer, config, dtype=floats, key=jax.random.key(0))
+    if dtype == "int8":
+        skeleton = make(mx.quantize, skeleton, dtype)
     found = {}
     for label, (_, method, n) in what.items():
         if method == "decode":
@@ -807,7 +756,12 @@ def main() -> int:
     numbers = lambda text: [number(part) for part in text.split(",")]
     add = parser.add_argument
     add("--shape", type=several(shapes), default=["tiny", "135m", "1b"], metavar="A,B,...")
-    add("--dtype", type=several(tuple(TOLERANCE)), default=list(TOLERANCE), metavar="A,B")
+    add(
+        "--dtype",
+        type=several(tuple(TOLERANCE)),
+        default=["float32", "bfloat16"],
+        metavar="A,B,...",
+    )
     add("--what", type=several(WHAT), default=list(WHAT), metavar="A,B,...")
     add("--rows", type=numbers, default=[8], metavar="N,N,...", help="of batch (8)")
     add("--lengths", type=numbers, default=[512], metavar="N,N,...", help="prefill's (512)")
@@ -823,7 +777,8 @@ def main() -> int:
     # Killed, it takes its processes and its gigabytes of weights along.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.path.insert(0, str(ROOT))
-    chosen = [name for name in engines if name in options.engines or name == Package.name]
+    wanted = {Package.name, InBfloat16.name, *options.engines}
+    chosen = [name for name in engines if name in wanted]
     for module in ("llama_cpp", "gguf"):
         if LlamaCpp.name in chosen and importlib.util.find_spec(module) is None:
             say(f"llama.cpp is left out: {module} is not installed.")
@@ -879,8 +834,11 @@ def one(shape: str, dtype: str, what: dict, engines: list[str], options) -> dict
         folder, gguf = f"{name}/model", f"{name}/model.gguf"
         in_a_process(write_model, shape, dtype, folder)
         if LlamaCpp.name in engines:
-            in_a_process(write_gguf, folder, gguf)
+            in_a_process(write_gguf, folder, gguf, dtype)
         job = Job(shape, dtype, options.threads, folder, gguf, steps, prompts.tolist())
+        able = set(engines) - {InBfloat16.name}
+        able = IN_EIGHT_BITS if dtype == "int8" else able
+        engines = [name for name in engines if name in able]
         measured = measure(job, [*engines, Probe.name], what, options)
     return measured | {"needs": needs(config, dtype, what, steps)}
 

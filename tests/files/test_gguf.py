@@ -544,7 +544,10 @@ def test_a_bpe_of_others(words, tmp_path):
 
 def test_a_tokenizer_beside_comes_first(tmp_path):
     mx.convert(TINY_MISTRAL, tmp_path / "model.gguf")
-    assert mx.load_tokenizer(tmp_path / "model.gguf").path.name == "model.gguf"
+    inside = mx.load_tokenizer(tmp_path / "model.gguf")
+    assert inside.path.name == "model.gguf"
+    with pytest.raises(ValueError, match="its metadata have none. Put .*beside it"):
+        mx.encode_chat(inside, [{"role": "user", "content": "Hello"}])
     shutil.copy(TINY_MISTRAL / "tokenizer.model", tmp_path)
     assert mx.load_tokenizer(tmp_path / "model.gguf").path.name == "tokenizer.model"
     model, tokenizer = mx.load(tmp_path)
