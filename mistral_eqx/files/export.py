@@ -289,7 +289,8 @@ def _checked_dtype(dtype: DTypeLike) -> np.dtype:
         dtype = np.dtype(dtype)
     except TypeError as error:
         raise ValueError(
-            f"dtype must be one of a model's weights, got {dtype!r}."
+            "dtype must be bfloat16, float16 or float32, or in a GGUF q8_0 or q4_0, got "
+            f"{dtype!r}."
         ) from error
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype must be bfloat16, float16 or float32, got {dtype}.")
