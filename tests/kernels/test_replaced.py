@@ -66,9 +66,11 @@ def of_mix(rng, dtype):
 
 
 def of_quantized_product(rng, dtype):
-    sizes = (1, 64), (3, 64), (40, 64), (1, 4416), (2, 9024)
-    for (rows, width), scheme in itertools.product(sizes, SCHEMES):
-        parts = quantized(normal(rng, 8, width), scheme)
+    sizes = (1, 8, 64), (3, 8, 64), (40, 8, 64), (1, 8, 4416), (2, 8, 9024)
+    # The last is multiplied in blocks.
+    sizes += ((40, 256, 9024),)
+    for (rows, n_out, width), scheme in itertools.product(sizes, SCHEMES):
+        parts = quantized(normal(rng, n_out, width), scheme)
         yield normal(rng, rows, width, dtype=dtype), *parts
     groups = jnp.asarray(rng.integers(-127, 128, (8, 64)), jnp.int8)
     scales = jnp.asarray(rng.standard_normal((8, 2)), jnp.float16)
