@@ -84,7 +84,7 @@ def main(folder, coordinator, n, process, end):
     from mistral_eqx.devices.processes import connect
 
     # A machine with much to do is slow, and not dead.
-    timeout = 20 if end == "stopped" else 200
+    timeout = {"stopped": 20, "killed": 60}.get(end, 200)
     connect(coordinator, int(n), int(process), heartbeat_timeout=timeout)
     if end == "whole":
         print(json.dumps(program(folder)), flush=True)

@@ -128,26 +128,33 @@ def test_what_quantizing_costs(folder, text, capsys):
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
-def test_every_command_quantizes(scheme, tmp_path, text, capsys, monkeypatch):
+def test_generate_quantizes(scheme, capsys):
     model, tokenizer = mx.load(quantize=scheme)
-    options = {"max_tokens": 5, "temperature": 0.0}
-    (expected,) = mx.generate(model, tokenizer, ["To be"], **options)
-    shell = ["--max-tokens", 5, "--quantize", scheme]
-    assert run("generate", "To be", "--temperature", 0, "--json", *shell) == 0
+    (expected,) = mx.generate(model, tokenizer, ["To be"], max_tokens=5)
+    shell = ["--max-tokens", 5, "--temperature", 0, "--quantize", scheme]
+    assert run("generate", "To be", "--json", *shell) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["tokens"] == expected.tokens
     assert told["logprobs"] == pytest.approx(expected.logprobs, rel=1e-5)
-    for command in ["demo"], ["interactive"], ["chat"], ["score", text], ["bench"]:
+
+
+def test_every_command_quantizes(folder, text, capsys, monkeypatch):
+    model = ["--model", folder, "--quantize", "int8"]
+    length = ["--max-tokens", 5]
+    small = ["--tokens", 4, "--prompt", 8, "--repeats", 1, "--contexts", "none", "--json"]
+    for command in (
+        ["demo", *length],
+        ["interactive", *length],
+        ["chat", *length],
+        ["score", text],
+        ["bench", *small],
+    ):
         stdin = io.TextIOWrapper(io.BytesIO(b"To be\n"))
         monkeypatch.setattr("sys.stdin", stdin)
-        length = ["--quantize", scheme] if command[0] == "score" else shell
-        if command[0] == "bench":
-            length = ["--quantize", scheme, "--tokens", 4, "--prompt", 8, "--repeats", 1]
-            length += ["--contexts", "none", "--json"]
-        assert run(*command, *length) == 0
+        assert run(*command, *model) == 0
         out = capsys.readouterr().out
         assert len(out) > 0
-    assert json.loads(out)["quantize"] == scheme
+    assert json.loads(out)["quantize"] == "int8"
     with pytest.raises(SystemExit):
         run("generate", "To be", "--quantize", "int3")
     assert "int3" in capsys.readouterr().err
