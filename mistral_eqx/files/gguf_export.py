@@ -80,7 +80,7 @@ class GgufFile:
             length, size = self._gguf.GGML_QUANT_SIZES[kind]
             shape = (*parts[0].shape[:-1], parts[0].shape[-1] // length * size)
             # The experts of a layer are one tensor.
-            shape = shape if len(parts) == 1 else (len(parts), *shape)
+            shape = (len(parts), *shape) if name.endswith("_exps.weight") else shape
             writer.add_tensor_info(name, shape, np.dtype(np.uint8), self._size(name), kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

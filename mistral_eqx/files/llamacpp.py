@@ -48,12 +48,9 @@ def from_gguf(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
         layer, part, expert = _split(name)
         if part in _STACKED and len(tensor.shape) == 3:
             for i in range(min(tensor.shape[0], 1024)):
-                to = f"layers.{layer}.feed_forward.experts.{i}.{_STACKED[part]}.weight"
-                out[to] = _expert(tensor, i)
+                out[_expert_name(layer, i, _STACKED[part])] = _expert(tensor, i)
         elif part in _EXPERTS and expert is not None:
-            out[f"layers.{layer}.feed_forward.experts.{expert}.{_EXPERTS[part]}.weight"] = (
-                tensor
-            )
+            out[_expert_name(layer, expert, _EXPERTS[part])] = tensor
         elif part in _NAMES_IN_LAYER and layer is not None:
             out[f"layers.{layer}.{_NAMES_IN_LAYER[part]}.weight"] = tensor
         elif part in _NAMES and layer is None:
@@ -61,6 +58,10 @@ def from_gguf(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
         else:
             out[name] = tensor
     return _as_they_were(out)
+
+
+def _expert_name(layer: str | None, expert: int | str, matrix: str) -> str:
+    return f"layers.{layer}.feed_forward.experts.{expert}.{matrix}.weight"
 
 
 def gguf_name(name: str) -> str:

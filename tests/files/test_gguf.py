@@ -367,6 +367,12 @@ def test_quantized_out(kind, tmp_path):
     np.testing.assert_array_equal(found, expected)
 
 
+def test_a_single_expert(tmp_path):
+    model = random_model(sliding_window=None, moe=MoEConfig(1, 1))
+    mx.save(model, tmp_path / "model.gguf", format="gguf")
+    same_model(mx.load_model(tmp_path / "model.gguf", dtype=jnp.float32), model)
+
+
 def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
     raw = write_raw(tmp_path / "raw")
     target = tmp_path / "out" / "model.gguf"
