@@ -14,6 +14,7 @@ from typing import Any, Unpack
 
 from . import arguments
 from .decoding import prefill
+from .files.vocabulary import is_tekken
 from .prompts import next_power_of_two
 from .sampling import Sampling, SamplingOptions
 from .templates import encode_by_template
@@ -97,8 +98,7 @@ def encode_chat(
 def _goes_by_template(tokenizer: Tokenizer) -> bool:
     """Whether the template of the folder is used, and not Mistral's."""
     path, template = tokenizer.path, tokenizer.chat_template
-    is_tekken = path.suffix == ".json" and "tekken" in path.name
-    if path.suffix in (".json", ".gguf") and not is_tekken:
+    if path.suffix in (".json", ".gguf") and not is_tekken(path):
         return True
     # Derived models have Mistral's tokenizer.model and a template of their own.
     return template is not None and "[INST]" not in template

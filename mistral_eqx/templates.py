@@ -8,7 +8,7 @@ from typing import Any
 
 from . import arguments
 from .arguments import printable
-from .files.vocabulary import encode_behind
+from .files.vocabulary import any_of, encode_behind
 from .tokenizer import Tokenizer
 
 
@@ -61,7 +61,7 @@ def encode_by_template(
         raise ValueError("The messages are nested too deeply.") from error
     # Tokens that are blanks are ordinary text to a template.
     names = [name for name in tokenizer.token_names if not name.isspace()]
-    found = _pattern(names)
+    found = re.compile(any_of(names))
     roles = [message["role"] for message in given["messages"]]
     given = _marked(given, lambda text: found.sub(lambda m: _with_mark(m[0], mark), text))
     given["messages"] = [
@@ -124,12 +124,6 @@ def _unused_characters(text: str) -> list[str]:
         ) from None
 
 
-def _pattern(names: Sequence[str]) -> re.Pattern:
-    """Finds the names in a text, the longest first."""
-    longest_first = sorted(names, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-
-
 def _with_mark(name: str, mark: str) -> str:
     return name[:1] + mark + name[1:]
 
@@ -188,7 +182,7 @@ def _encoded(tokenizer: Tokenizer, text: str, names: Sequence[str], mark: str) -
     """The ids of a rendered text. The marked names in it become text again."""
     if mark not in text:
         return tokenizer.encode_template(text)
-    marked = _pattern([_with_mark(name, mark) for name in names]).pattern
+    marked = any_of(_with_mark(name, mark) for name in names)
     # Text and marked names in turns. A mark whose name the template has changed still
     # parts the text, so that its sides do not make a name together.
     pieces = re.split(f"({marked}|{mark})", text)

@@ -12,8 +12,8 @@ from .files.folders import gguf_in
 from .files.hub import local_folder
 from .files.vocabulary import (
     Vocabulary,
-    encoder_with_names,
     is_failure,
+    is_tekken,
     open_gguf,
     open_sentencepiece,
     open_tekken,
@@ -65,8 +65,7 @@ class Tokenizer:
         if self.path.suffix == ".gguf":
             opener = open_gguf
         elif self.path.suffix == ".json":
-            is_tekken = "tekken" in self.path.name
-            opener = open_tekken if is_tekken else open_tokenizer_json
+            opener = open_tekken if is_tekken(self.path) else open_tokenizer_json
         self._vocabulary: Vocabulary = opener(self.path)
         self.vocab_size: int = self._vocabulary.size
         self.bos_id: int = self._vocabulary.bos_id
@@ -89,11 +88,7 @@ class Tokenizer:
         """The ids of what a chat template has written. The name of a control token or of
         an added token in it is this token, and there is no BOS id before it. Raises as
         `encode` does."""
-        vocabulary = self._vocabulary
-        encode = vocabulary.encode_template
-        if encode is None:
-            encode = encoder_with_names(vocabulary.names, vocabulary.encode)
-        return self._encoded(encode, text)
+        return self._encoded(self._vocabulary.encode_template, text)
 
     def encode_plain(self, text: str) -> list[int]:
         """The ids of `text`, without the BOS id. No name in it is a token, not even of an

@@ -43,11 +43,11 @@ from .huggingface import from_huggingface, huggingface_name, unstack_experts
 from .llamacpp import from_gguf, gguf_name
 from .quantizing import quantized_tensors, with_stored_shapes
 from .weights import (
-    DTYPES,
     READABLE,
     Index,
     StackedTensors,
     StoredTensor,
+    common_dtype,
     open_safetensors,
     open_torch,
     stack,
@@ -135,8 +135,7 @@ class Checkpoint:
     @property
     def dtype(self) -> np.dtype:
         """The type that holds all of the numbers as they are."""
-        dtypes = {tensor.kept_dtype for tensor in self.tensors.values()}
-        return dtypes.pop() if len(dtypes) == 1 else DTYPES["F32"]
+        return common_dtype(self.tensors.values())
 
 
 _LAYER = re.compile(r"^layers\.(\d+)\.")

@@ -27,11 +27,18 @@ from .checkpoint import open_checkpoint, stored_parts, weight_name, weight_shape
 from .config_json import config_to_json
 from .folders import CONFIGS, GGUF, HUGGINGFACE, MISTRAL
 from .gguf import read_metadata
-from .gguf_export import TYPES, GgufFile, default_type
+from .gguf_export import TYPES, GgufFile
 from .gguf_tokenizer import chat_template, tokenizer_file
 from .huggingface import huggingface_name, to_huggingface
 from .params import config_to_params
-from .weights import DTYPES, Index, StoredTensor, write_safetensors
+from .weights import (
+    DTYPES,
+    NAMES,
+    Index,
+    StoredTensor,
+    common_dtype,
+    write_safetensors,
+)
 
 
 _TEMPLATE = "chat_template.jinja"
@@ -88,7 +95,7 @@ def save(
     leaves, _ = jax.tree_util.tree_flatten_with_path(model)
     tensors = {}
     for path, leaf in leaves:
-        kind = next((k for k, v in DTYPES.items() if v == leaf.dtype), str(leaf.dtype))
+        kind = NAMES.get(leaf.dtype, str(leaf.dtype))
         whole = weight_name(path)
         # What the model stacks is written one by one.
         for name, first in stored_parts(whole, leaf.shape, model.config).items():
@@ -198,10 +205,8 @@ def _write_gguf(
 ) -> None:
     if target.suffix != ".gguf":
         raise ValueError(f"The name of a GGUF must end in .gguf, got {target.name!r}.")
-    if dtype is None:
-        dtypes = {tensor.kept_dtype for tensor in tensors.values()}
-        dtype = dtypes.pop() if len(dtypes) == 1 else DTYPES["F32"]
-    kind = dtype if dtype in TYPES else default_type(_checked_dtype(dtype))
+    dtype = common_dtype(tensors.values()) if dtype is None else dtype
+    kind = dtype if dtype in TYPES else NAMES[_checked_dtype(dtype)].lower()
     path = None if tokenizer is None else tokenizer.path
     if path is None or path.name == "tokenizer.json":
         path = None
@@ -243,10 +248,9 @@ def _write(
         name: tensor.size * (tensor.kept_dtype if dtype is None else dtype).itemsize
         for name, tensor in tensors.items()
     }
-    dtypes = {t.kept_dtype if dtype is None else dtype for t in tensors.values()}
     if format == HUGGINGFACE:
-        stored = str(dtypes.pop()) if len(dtypes) == 1 else "float32"
-        content = config_to_json(config, stored)
+        stored = common_dtype(tensors.values()) if dtype is None else dtype
+        content = config_to_json(config, str(stored))
         shards = _shards(sizes, _bytes(max_shard_size))
         new_names = {name: huggingface_name(name) for name in tensors}
         tensors = to_huggingface(tensors, config.head_dim)

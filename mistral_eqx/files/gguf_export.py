@@ -5,13 +5,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from ..config import ModelConfig
 from .gguf_tokenizer import tokenizer_metadata
 from .llamacpp import config_to_gguf, gguf_name
-from .weights import DTYPES, StoredTensor
+from .weights import DTYPES, StoredTensor, converted
 
 
 # The types that can be written, and what `gguf` calls a file whose most tensors are such.
@@ -22,7 +21,6 @@ TYPES = {
     "q8_0": "MOSTLY_Q8_0",
     "q4_0": "MOSTLY_Q4_0",
 }
-_FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
 class GgufFile:
@@ -116,24 +114,11 @@ class GgufFile:
         return sum(tensor.size for tensor in self._tensors[name]) // length * size
 
     def _encoded(self, piece: np.ndarray, tensor: StoredTensor, kind: Any) -> np.ndarray:
-        if kind.name in _FLOATS:
-            dtype = np.dtype(_FLOATS[kind.name])
-            with np.errstate(over="ignore"):
-                out = piece.astype(dtype)
-            if np.isinf(out).any() and not np.isinf(piece).any():
-                raise ValueError(
-                    f"{tensor.file}: {tensor.name} holds numbers beyond {dtype}'s largest. "
-                    "Write it as bf16."
-                )
+        if kind.name in DTYPES:
+            out = converted(piece, DTYPES[kind.name], tensor)
         else:
             out = self._gguf.quants.quantize(piece.astype(np.float32), kind)
         return np.ascontiguousarray(out).view(np.uint8)
-
-
-def default_type(dtype: np.dtype) -> str:
-    """The type that holds the numbers of a dtype as they are."""
-    names = {DTYPES["BF16"]: "bf16", DTYPES["F16"]: "f16"}
-    return names.get(dtype, "f32")
 
 
 def _add(writer: Any, key: str, value: Any) -> None:

@@ -9,6 +9,7 @@ import json
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import sentencepiece
@@ -46,7 +47,7 @@ def tokenizer_file(metadata: Mapping[str, Any], path: Path) -> tuple[str, bytes]
     **Raises:**
 
     `FileNotFoundError` if there is no tokenizer in the metadata, `ValueError` for one that
-    is not known or is damaged.
+    is not known or is damaged, `ImportError` without the library that it needs.
     """
     kind = metadata.get(f"{_KEY}model", "none")
     if kind in ("none", "no_vocab"):
@@ -56,7 +57,7 @@ def tokenizer_file(metadata: Mapping[str, Any], path: Path) -> tuple[str, bytes]
         )
     makers = {
         "llama": ("tokenizer.model", _sentencepiece),
-        "gpt2": ("tokenizer.json", _bpe),
+        "gpt2": ("tokenizer.json", lambda metadata: _bpe(metadata, path)),
     }
     if kind not in makers:
         raise ValueError(
@@ -71,6 +72,16 @@ def tokenizer_file(metadata: Mapping[str, Any], path: Path) -> tuple[str, bytes]
         raise ValueError(
             printable(f"The tokenizer in {path} cannot be used: {told}")
         ) from error
+
+
+def import_tokenizers(path: Path) -> ModuleType:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ImportError(
+            f'{path} can only be read with tokenizers: pip install "mistral_eqx[chat]".'
+        ) from error
+    return tokenizers
 
 
 def special_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
@@ -160,11 +171,10 @@ def _varint(value: int) -> bytes:
 # --- bytes --------------------------------------------------------------------------------
 
 
-def _bpe(metadata: Mapping[str, Any]) -> bytes:
+def _bpe(metadata: Mapping[str, Any], path: Path) -> bytes:
     """The `tokenizer.json` of the metadata."""
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers
-
+    tokenizers = import_tokenizers(path)
+    decoders, pre_tokenizers = tokenizers.decoders, tokenizers.pre_tokenizers
     words = metadata.get(f"{_KEY}pre", "gpt-2")
     words = "gpt-2" if words == "default" else words
     if words not in _WORDS:
@@ -179,7 +189,7 @@ def _bpe(metadata: Mapping[str, Any]) -> bytes:
         raise ValueError("a merge is no pair, or a token is there twice.")
     try:
         model = tokenizers.Tokenizer(
-            models.BPE(vocabulary, merges, ignore_merges=words in _WHOLE_WORDS)
+            tokenizers.models.BPE(vocabulary, merges, ignore_merges=words in _WHOLE_WORDS)
         )
     except Exception as error:  # tokenizers raises `Exception` itself
         raise ValueError(str(error)) from error

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..config import ModelConfig
-from .weights import Index, StoredTensor
+from .weights import Index, StoredTensor, slab
 
 
 # Mistral's names and Hugging Face's, without ".weight".
@@ -125,24 +125,11 @@ def _unfused(
             parts = fused[rest]
             for expert in range(min(num_experts, tensor.shape[0])):
                 for i, matrix in enumerate(parts):
-                    part = _slab(tensor, expert, i, len(parts))
+                    part = slab(tensor, expert, i, len(parts))
                     out[f"{moe}experts.{expert}.{matrix}.weight"] = part
         else:
             out[name] = tensor
     return out
-
-
-def _slab(stacked: StoredTensor, expert: int, part: int, n_parts: int) -> StoredTensor:
-    """One of the parts that the rows of an expert's matrix are cut into."""
-    n_rows = stacked.shape[1] // n_parts
-
-    def read(index: Index) -> np.ndarray:
-        rows = range(n_rows)[index[0]]
-        rows = slice(part * n_rows + rows.start, part * n_rows + rows.stop)
-        return stacked.read((slice(expert, expert + 1), rows, *index[1:]))[0]
-
-    shape = (n_rows, stacked.shape[2])
-    return dataclasses.replace(stacked, shape=shape, read=read)
 
 
 def unstack_experts(

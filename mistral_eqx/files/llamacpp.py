@@ -14,7 +14,7 @@ import numpy as np
 
 from ..config import Llama4Scaling, ModelConfig, MoEConfig, Yarn
 from .gguf import read_metadata, read_shapes
-from .weights import DTYPES, Index, StoredTensor
+from .weights import DTYPES, NAMES, StoredTensor, slab
 
 
 # llama.cpp's names and Mistral's, without ".weight".
@@ -85,15 +85,9 @@ def _split(name: str) -> tuple[str | None, str, str | None]:
 
 
 def _expert(stacked: StoredTensor, expert: int) -> StoredTensor:
-    def of(tensor: StoredTensor) -> StoredTensor:
-        def read(index: Index) -> np.ndarray:
-            return tensor.read((slice(expert, expert + 1), *index))[0]
-
-        return dataclasses.replace(tensor, shape=tensor.shape[1:], read=read)
-
-    out = of(stacked)
+    out = slab(stacked, expert)
     if stacked.blocks is not None:
-        out = dataclasses.replace(out, blocks=of(stacked.blocks))
+        out = dataclasses.replace(out, blocks=slab(stacked.blocks, expert))
     return out
 
 
@@ -110,7 +104,6 @@ def _as_they_were(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor
     if len(dtypes) != 1 or dtypes == {DTYPES["F32"]}:
         return dict(tensors)
     (dtype,) = dtypes
-    kind = next(kind for kind, known in DTYPES.items() if known == dtype)
 
     def cast(tensor: StoredTensor) -> StoredTensor | None:
         numbers = tensor.array((slice(None),) * len(tensor.shape), DTYPES["F32"])
@@ -118,7 +111,9 @@ def _as_they_were(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor
             cast = numbers.astype(dtype)
         if not np.array_equal(cast.astype(np.float32), numbers):
             return None
-        return dataclasses.replace(tensor, dtype=kind, read=lambda index: cast[index])
+        return dataclasses.replace(
+            tensor, dtype=NAMES[dtype], read=lambda index: cast[index]
+        )
 
     found = {name: cast(tensor) for name, tensor in small.items()}
     if any(tensor is None for tensor in found.values()):

@@ -57,10 +57,10 @@ def with_stored_shapes(
     dtypes = {name: dtype for dtype, name in _NAMES.items()}
 
     def stored(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        tensor = tensors[name.replace(".experts.", ".experts.0.")]
         if path[-1].name not in ("values", "scales"):
             return leaf
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        tensor = tensors[name.replace(".experts.", ".experts.0.")]
         shape = (*leaf.shape[:-2], *tensor.shape)
         return jax.ShapeDtypeStruct(shape, dtypes[tensor.dtype])
 

@@ -4,9 +4,8 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import sentencepiece
@@ -15,7 +14,7 @@ from .. import arguments
 from ..arguments import printable
 from .folders import read_json_object
 from .gguf import read_metadata
-from .gguf_tokenizer import chat_template, special_ids, tokenizer_file
+from .gguf_tokenizer import chat_template, import_tokenizers, special_ids, tokenizer_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Vocabulary:
         which round their number up.
     - `names`: the control tokens and the added tokens, from their names to their ids.
     - `encode_template`: from the text of a chat template to ids. The names in it are these
-        tokens. By default `encode` does what stands between them.
+        tokens.
     - `encode_plain`: as `encode`, where that takes some of the names for tokens.
     - `special_names`: which of the tokens is the "bos_token", the "eos_token" and so on.
     """
@@ -44,11 +43,11 @@ class Vocabulary:
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
     control_id: Callable[[str], int | None]
-    is_padded: bool = False
-    names: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    encode_template: Callable[[str], list[int]] | None = None
+    names: Mapping[str, int]
+    encode_template: Callable[[str], list[int]]
+    special_names: Mapping[str, str]
     encode_plain: Callable[[str], list[int]] | None = None
-    special_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    is_padded: bool = False
 
 
 def open_sentencepiece(path: Path) -> Vocabulary:
@@ -107,13 +106,13 @@ def encoder_with_names(
     """`encode`, but the names in a text are their ids, the longest first. Sentencepiece
     puts a blank before a text. `blank_behind` says whether the text behind a name gets one
     too, as in the tokenizers that transformers calls legacy: all before mid-2023."""
-    longest_first = sorted(names, key=len, reverse=True)
-    found = re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
+    # Compiled when it is needed: it takes a while, and most texts are no templates.
+    found = functools.cache(lambda: re.compile(f"({any_of(names)})"))
 
     def encode_template(text: str) -> list[int]:
         ids = []
         # Text and names in turns.
-        for i, piece in enumerate(found.split(text)):
+        for i, piece in enumerate(found().split(text)):
             if i % 2:
                 ids.append(names[piece])
             elif piece:
@@ -124,12 +123,23 @@ def encoder_with_names(
     return encode_template
 
 
+def any_of(names: Iterable[str]) -> str:
+    """The regular expression that finds the names in a text, the longest first."""
+    longest_first = sorted(names, key=len, reverse=True)
+    return "|".join(map(re.escape, longest_first)) or "(?!)"
+
+
 def encode_behind(encode: Callable[[str], list[int]], text: str) -> list[int]:
     """The ids of a text in the middle of another, without the blank that `encode` may put
     before the first word."""
     line = encode("\n")
     ids = encode("\n" + text)
     return ids[len(line) :] if ids[: len(line)] == line else encode(text)
+
+
+def is_tekken(path: Path) -> bool:
+    """Whether a tokenizer's file is a Tekken, by its name."""
+    return path.suffix == ".json" and "tekken" in path.name
 
 
 def is_failure(error: BaseException) -> bool:
@@ -185,14 +195,18 @@ def open_tekken(path: Path) -> Vocabulary:
     def control_id(name: str) -> int | None:
         return model.get_special_token(name) if model.is_special(name) else None
 
+    def encode(text: str) -> list[int]:
+        return model.encode(text, bos=False, eos=False)
+
     return Vocabulary(
         size=model.n_words,
         bos_id=bos_id,
         eos_id=eos_id,
-        encode=lambda text: model.encode(text, bos=False, eos=False),
+        encode=encode,
         decode=model.decode,
         control_id=control_id,
         names=names,
+        encode_template=encoder_with_names(names, encode),
         special_names={"bos_token": "<s>", "eos_token": "</s>"}
         | _special_names(_read_tokenizer_config(path)),
     )
@@ -203,7 +217,7 @@ def open_tokenizer_json(path: Path) -> Vocabulary:
 
 
 def _tokenizer_json(path: Path, content: bytes, config: Mapping[str, Any]) -> Vocabulary:
-    tokenizers = _import_tokenizers(path)
+    tokenizers = import_tokenizers(path)
     try:
         model = tokenizers.Tokenizer.from_buffer(content)
         added = model.get_added_tokens_decoder()
@@ -248,21 +262,9 @@ def _tokenizer_json(path: Path, content: bytes, config: Mapping[str, Any]) -> Vo
     )
 
 
-def _import_tokenizers(path: Path) -> ModuleType:
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise ImportError(
-            f'{path} can only be read with tokenizers: pip install "mistral_eqx[chat]".'
-        ) from error
-    return tokenizers
-
-
 def open_gguf(path: Path) -> Vocabulary:
     """The tokenizer in a GGUF's metadata."""
     metadata = read_metadata(path)
-    if metadata.get("tokenizer.ggml.model") == "gpt2":
-        _import_tokenizers(path)
     name, content = tokenizer_file(metadata, path)
     tokens = metadata["tokenizer.ggml.tokens"]
     ids = {"unk" if k == "unknown" else k: i for k, i in special_ids(metadata).items()}

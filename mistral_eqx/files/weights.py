@@ -9,7 +9,7 @@ import functools
 import json
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -34,7 +34,7 @@ READABLE = DTYPES | {
 # Those of weights that are quantized while they are read.
 _SIZES = {name: dtype.itemsize for name, dtype in READABLE.items()} | {"I8": 1, "U8": 1}
 _KEPT = DTYPES | {"F64": DTYPES["F32"], "F8_E4M3": DTYPES["BF16"]}
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Index = tuple[slice, ...]
 # How many bytes are read at once, so that little beside the result is ever in memory.
 PIECE = 2**24
@@ -133,6 +133,27 @@ def stack(
     size = len(tensors) // shape[0]
     parts = (tensors[i * size : (i + 1) * size] for i in range(shape[0]))
     return StackedTensors(tuple(stack(part, shape[1:]) for part in parts))
+
+
+def common_dtype(tensors: Iterable[StoredTensor]) -> np.dtype:
+    """The type that holds the numbers of all tensors as they are."""
+    dtypes = {tensor.kept_dtype for tensor in tensors}
+    return dtypes.pop() if len(dtypes) == 1 else DTYPES["F32"]
+
+
+def slab(
+    stacked: StoredTensor, number: int, part: int = 0, n_parts: int = 1
+) -> StoredTensor:
+    """One of the matrices of a stack, or one of the parts that its rows are cut into."""
+    n_rows = stacked.shape[1] // n_parts
+
+    def read(index: Index) -> np.ndarray:
+        rows = range(n_rows)[index[0]]
+        rows = slice(part * n_rows + rows.start, part * n_rows + rows.stop)
+        return stacked.read((slice(number, number + 1), rows, *index[1:]))[0]
+
+    shape = (n_rows, stacked.shape[2])
+    return dataclasses.replace(stacked, shape=shape, read=read)
 
 
 def open_safetensors(path: Path) -> dict[str, StoredTensor]:
@@ -265,7 +286,7 @@ def write_safetensors(
         target = tensor.kept_dtype if dtype is None else dtype
         stop = offset + tensor.size * target.itemsize
         header[name] = {
-            "dtype": _NAMES[target],
+            "dtype": NAMES[target],
             "shape": list(tensor.shape),
             "data_offsets": [offset, stop],
         }
@@ -277,12 +298,14 @@ def write_safetensors(
         for tensor in tensors.values():
             target = tensor.kept_dtype if dtype is None else dtype
             for _, piece in tensor.pieces((slice(None),) * len(tensor.shape)):
-                piece = np.ascontiguousarray(_converted(piece, target, tensor))
+                piece = np.ascontiguousarray(converted(piece, target, tensor))
                 file.write(piece.view(np.uint8).data)
                 progress(piece.nbytes)
 
 
-def _converted(piece: np.ndarray, dtype: np.dtype, tensor: StoredTensor) -> np.ndarray:
+def converted(piece: np.ndarray, dtype: np.dtype, tensor: StoredTensor) -> np.ndarray:
+    """A piece of a tensor as numbers of another type. Raises `ValueError` if some are
+    beyond its largest."""
     if piece.dtype == dtype:
         return piece
     with np.errstate(over="ignore"):

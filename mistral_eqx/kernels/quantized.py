@@ -200,8 +200,8 @@ def quantize(model: Model, scheme: str) -> Model:
 
     def instead(path: tuple, node: Any) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        is_quantized = isinstance(node, Linear) and not name.endswith(".gate")
-        return make(name, node.weight) if is_quantized else node
+        takes_part = isinstance(node, Linear) and not name.endswith(".gate")
+        return make(name, node.weight) if takes_part else node
 
     is_linear = lambda node: isinstance(node, Linear)
     small = jax.tree_util.tree_map_with_path(instead, model, is_leaf=is_linear)

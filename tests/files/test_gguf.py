@@ -5,6 +5,8 @@ import importlib.util
 import json
 import shutil
 import struct
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +52,13 @@ def logits_of(model):
 
 def without_context(config):
     return dataclasses.replace(config, max_position_embeddings=None)
+
+
+def finish(writer):
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def write_by_library(
@@ -110,10 +119,7 @@ def write_by_library(
                 add(f"blk.{layer}.{stacks[part[-2:]]}.{i}.weight", expert)
         else:
             add(f"blk.{layer}.{stacks[part[-2:]]}_exps.weight", leaf)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
 
 
 # --- in -----------------------------------------------------------------------------------
@@ -161,10 +167,7 @@ def test_every_type(kind, tmp_path):
     raw = np.random.default_rng(0).integers(0, 256, (6, 2 * size), np.uint8)
     writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
     writer.add_tensor("x", raw, raw_shape=raw.shape, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     try:
         expected = gguf.quants.dequantize(raw, kind)
     except NotImplementedError:
@@ -258,10 +261,7 @@ def test_types_that_differ_are_quantized_where_they_are_stacked(tmp_path):
         else:
             quantized = gguf.quants.quantize(array, Q.Q8_0)
             writer.add_tensor(name, quantized, raw_dtype=Q.Q8_0)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     small = mx.load_model(tmp_path / "mixed.gguf", dtype=jnp.float32, quantize="int8")
     groups = [layer.attention.wv.scales.shape[1] for layer in small.layers]
     assert groups == [1, 1] and small.layers[0].attention.wk.scales.shape[1] == 8
@@ -475,8 +475,6 @@ TEXTS = [
 
 def shipped():
     mistral_common = pytest.importorskip("mistral_common")
-    from pathlib import Path
-
     folder = Path(mistral_common.__file__).parent / "data"
     return sorted([*folder.glob("*.model*"), *folder.glob("tekken*")])
 
@@ -645,7 +643,7 @@ def test_without_the_library(tmp_path, monkeypatch):
     model = random_model(**WIDE)
     write_by_library(tmp_path / "floats.gguf", model)
     write_by_library(tmp_path / "blocks.gguf", model, Q.Q8_0)
-    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    monkeypatch.setitem(sys.modules, "gguf", None)
     same_model(mx.load_model(tmp_path / "floats.gguf", dtype=jnp.float32), model)
     for call in (
         lambda: mx.load_model(tmp_path / "blocks.gguf"),
