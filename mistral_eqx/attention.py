@@ -143,7 +143,7 @@ class Attention(eqx.Module):
             scale = query_scale(positions, self.scaling).astype(queries.dtype)
             queries = queries * scale[:, None, None]
         if cache is None:
-            out = self._attend_sequence(queries, keys, values, positions)
+            out = self._attend_sequence(queries, keys, values, places)
         else:
             cache = cache.write(keys, values, length)
             padding = length - positions[0]
@@ -157,12 +157,12 @@ class Attention(eqx.Module):
         queries: Float[Array, "seq heads head_dim"],
         keys: Float[Array, "seq kv_heads head_dim"],
         values: Float[Array, "seq kv_heads head_dim"],
-        positions: Int32[Array, "seq"],
+        places: Places,
     ) -> Float[Array, "seq heads head_dim"]:
         """Attention of a whole sequence to itself, in blocks of queries. A block looks only
         at the keys that some query of it may see, so that a window saves work and memory
         and not only probability."""
-        seq = queries.shape[0]
+        seq, positions, segments = queries.shape[0], places.positions, places.segments
         keys, values = jnp.swapaxes(keys, 0, 1), jnp.swapaxes(values, 0, 1)
         # Every block is compiled by itself. At most 16 of them keep compilation short.
         block = max(64, -(-seq // 16))
@@ -172,6 +172,8 @@ class Attention(eqx.Module):
             first = 0 if self.window is None else max(0, start - self.window + 1)
             seen = slice(first, stop)
             mask = visible(positions[start:stop], positions[seen], self.window)
+            if segments is not None:
+                mask &= segments[start:stop, None] == segments[None, seen]
             part = attend(queries[start:stop], keys[:, seen], values[:, seen], mask)
             out.append(part)
         return jnp.concatenate(out)

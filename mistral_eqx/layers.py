@@ -1,6 +1,7 @@
 """The parts that act on each token alone, with Mistral's order of casts."""
 
 import math
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
@@ -49,6 +50,14 @@ class Linear(eqx.Module):
 
     def __call__(self, x: Float[Array, "*seq in"]) -> Float[Array, "*seq out"]:
         return product(x, self.weight)
+
+
+def each_token(
+    f: Callable[[Float[Array, "seq in"]], Float[Array, "seq out"]],
+    x: Float[Array, "batch seq in"],
+) -> Float[Array, "batch seq out"]:
+    """What acts on each token alone, on all tokens of a batch as on those of one sequence."""
+    return f(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 
 class Embedding(eqx.Module):

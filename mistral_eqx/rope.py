@@ -19,30 +19,36 @@ class Places(eqx.Module):
     - `positions`: of the tokens; negative for pads.
     - `cos`, `sin`: of every position's angles, as [`rotation`][] returns them.
     - `length`: how many tokens of the row, pads included, came before the chunk.
+    - `segments`: the number of the text that each token belongs to, if the row is several
+        texts that do not see one another.
     """
 
     positions: Int32[Array, "*batch seq"]
     cos: Float32[Array, "*batch seq half"]
     sin: Float32[Array, "*batch seq half"]
     length: Int32[Array, "*batch"]
+    segments: Int[Array, "*batch seq"] | None
 
     def __init__(
         self,
         config: ModelConfig,
         positions: Int[Array, "seq"],
         length: Int[Array, ""] | None = None,
+        segments: Int[Array, "seq"] | None = None,
     ):
         """**Arguments:**
 
         - `config`: of the model.
         - `positions`: of the tokens.
         - `length`: how many tokens came before; by default none.
+        - `segments`: which text each token belongs to; by default all to one.
         """
         self.positions = positions.astype(jnp.int32)
         self.cos, self.sin = rotation(
             positions, config.head_dim, config.rope_theta, config.yarn
         )
         self.length = jnp.zeros((), jnp.int32) if length is None else length
+        self.segments = segments
 
 
 def rotation(

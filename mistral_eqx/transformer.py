@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 from .attention import Attention
 from .cache import Cache, LayerCache
 from .config import ModelConfig
-from .layers import Embedding, FeedForward, Linear, RMSNorm, product
+from .layers import Embedding, FeedForward, Linear, RMSNorm, each_token, product
 from .moe import MixtureOfExperts
 from .rope import Places
 
@@ -140,11 +140,21 @@ class Transformer(eqx.Module):
         return self.logits(hidden[-1]), cache
 
     def hidden_states(
-        self, tokens: Int[Array, "seq"], cache: Cache | None = None
+        self,
+        tokens: Int[Array, "seq"],
+        cache: Cache | None = None,
+        segments: Int[Array, "seq"] | None = None,
     ) -> tuple[tuple[Float[Array, "seq dim"], ...], Cache | None]:
         """The residual stream: `n_layers + 1` arrays, of which the first is the embedding
-        and each other the output of a block. Arguments are those of `__call__`."""
-        places = self.places(tokens, cache)
+        and each other the output of a block.
+
+        **Arguments:**
+
+        - `tokens`, `cache`: those of `__call__`.
+        - `segments`: without a cache, the number of the text that each token belongs to.
+            Texts of one sequence are then read as if each were alone.
+        """
+        places = self.places(tokens, cache, segments)
         hidden, layer_caches = [self.tok_embeddings(tokens)], []
         for i, block in enumerate(self.layers):
             layer_cache = None if cache is None else cache.layers[i]
@@ -155,24 +165,35 @@ class Transformer(eqx.Module):
             cache = cache.after(tuple(layer_caches), tokens.shape[0])
         return tuple(hidden), cache
 
-    def places(self, tokens: Int[Array, "seq"], cache: Cache | None) -> Places:
-        """Where `tokens` stand, behind what the cache holds."""
+    def places(
+        self,
+        tokens: Int[Array, "seq"],
+        cache: Cache | None,
+        segments: Int[Array, "seq"] | None = None,
+    ) -> Places:
+        """Where `tokens` stand, behind what the cache holds, or each in its own text."""
         indices = jnp.arange(tokens.shape[0], dtype=jnp.int32)
+        if segments is not None:
+            begins = jnp.diff(segments, prepend=segments[:1]) != 0
+            indices -= jax.lax.cummax(jnp.where(begins, indices, 0))
         if cache is None:
-            return Places(self.config, indices)
+            return Places(self.config, indices, segments=segments)
         return Places(self.config, cache.length - cache.padding + indices, cache.length)
 
     def batch(
-        self, tokens: Int[Array, "batch seq"], cache: Cache | None = None
+        self,
+        tokens: Int[Array, "batch seq"],
+        cache: Cache | None = None,
+        segments: Int[Array, "batch seq"] | None = None,
     ) -> tuple[Float[Array, "batch seq dim"], Cache | None]:
         """The last of the `hidden_states` of every row, and the cache of all."""
         axes = None if cache is None else cache.axes
 
-        def row(tokens, cache):
-            hidden, cache = self.hidden_states(tokens, cache)
+        def row(tokens, cache, segments):
+            hidden, cache = self.hidden_states(tokens, cache, segments)
             return hidden[-1], cache
 
-        return jax.vmap(row, (0, axes), (0, axes))(tokens, cache)
+        return jax.vmap(row, (0, axes, 0), (0, axes))(tokens, cache, segments)
 
     def empty_cache(
         self,
@@ -187,21 +208,19 @@ class Transformer(eqx.Module):
         return Cache(self.config, padding, **options)
 
     def with_router_logits(
-        self, tokens: Int[Array, "batch seq"]
+        self,
+        tokens: Int[Array, "batch seq"],
+        segments: Int[Array, "batch seq"] | None = None,
     ) -> tuple[Float[Array, "batch seq dim"], Float[Array, "batch layers seq experts"]]:
         """For training a Mixtral: what `batch` returns for whole sequences, and the logits
         of each token's experts in every layer."""
-        places = self.places(tokens[0], None)
-
-        def row(tokens):
-            x, router_logits = self.tok_embeddings(tokens), []
-            for block in self.layers:
-                x, _ = block.attend(x, places, None)
-                router_logits.append(block.router_logits(x))
-                x = block.feed(x)
-            return x, jnp.stack(router_logits)
-
-        return jax.vmap(row)(tokens)
+        places = jax.vmap(self.places, (0, None, 0))(tokens, None, segments)
+        x, router_logits = jax.vmap(self.tok_embeddings)(tokens), []
+        for block in self.layers:
+            x, _ = jax.vmap(block.attend, (0, 0, None))(x, places, None)
+            router_logits.append(each_token(block.router_logits, x))
+            x = each_token(block.feed, x)
+        return x, jnp.stack(router_logits, axis=1)
 
     def logits(self, hidden: Float[Array, "seq dim"]) -> Float32[Array, "seq vocab"]:
         """The logits of the token that follows each: `hidden` is the last of

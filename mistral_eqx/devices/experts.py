@@ -12,7 +12,7 @@ from ..moe import mix
 from .mesh import MODEL, mesh_of_array, rows_spec
 
 
-@replaces(mix, on="mesh")
+@replaces(mix, on="mesh", derived=True)
 def mix_where_experts_are(
     experts: FeedForward,
     x: Float[Array, "batch seq dim"],

@@ -10,6 +10,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, Float32, Int
 
 from ..cache import Cache, LayerCache
+from ..layers import each_token
 from ..rope import Places
 from ..transformer import Transformer
 from .mesh import WHOLE, complete, mesh_of_array, row_groups
@@ -65,23 +66,25 @@ class Stages(eqx.Module):
         take = lambda a, m: jax.lax.dynamic_index_in_dim(a, m, axis=1, keepdims=False)
         put = lambda a, new, m: jax.lax.dynamic_update_index_in_dim(a, new, m, axis=1)
 
+        axes = eqx.tree_at(lambda p: p.length, jax.tree.map(lambda _: 0, places), None)
+
         def stage(blocks, stage, x, rest, caches, length):
             blocks = jax.tree.map(lambda a: a[0], blocks)
             caches = jax.tree.map(lambda a: a[:, :, 0], caches)
             stage = stage[0]
 
             def run(x, places, kept):
-                places = eqx.tree_at(lambda p: p.length, places, length, is_leaf=_is_none)
                 caches, router_logits = [], []
                 for j, block in enumerate(blocks):
                     cache = None if kept[0] is None else kept[0][j]
-                    x, cache = block.attend(x, places, cache)
+                    x, cache = jax.vmap(block.attend, (0, axes, 0))(x, places, cache)
                     caches.append(cache)
                     if n_experts > 0:
-                        router_logits.append(block.router_logits(x))
-                    x = block.feed(x)
+                        router_logits.append(each_token(block.router_logits, x))
+                    x = each_token(block.feed, x)
                 caches = None if kept[0] is None else tuple(caches)
-                return x, (caches, jnp.stack(router_logits) if router_logits else None)
+                stacked = jnp.stack(router_logits, axis=1) if router_logits else None
+                return x, (caches, stacked)
 
             def turn(carry, t):
                 received, kept = carry
@@ -92,7 +95,10 @@ class Stages(eqx.Module):
                 mine, mine_out = jax.tree.map(lambda a: take(a, m), kept)
                 given = jnp.where(stage == 0, take(x, m), received)
                 rest_of_m = jax.tree.map(lambda a: take(a, m), rest)
-                made, written = jax.vmap(run)(given, rest_of_m, mine)
+                places = eqx.tree_at(
+                    lambda p: p.length, rest_of_m, length, is_leaf=_is_none
+                )
+                made, written = run(given, places, mine)
                 keep = lambda a, new, old: put(a, jnp.where(busy, new, old), m)
                 kept = jax.tree.map(keep, kept, (written, made), (mine, mine_out))
                 onward = [(s, s + 1) for s in range(n_stages - 1)]
@@ -161,7 +167,10 @@ class PipelinedTransformer(Transformer):
         return self.logits(hidden[0]), cache
 
     def hidden_states(
-        self, tokens: Int[Array, "seq"], cache: Cache | None = None
+        self,
+        tokens: Int[Array, "seq"],
+        cache: Cache | None = None,
+        segments: Int[Array, "seq"] | None = None,
     ) -> tuple[tuple[Float[Array, "seq dim"], ...], None]:
         """As those of a `Transformer`, for a whole sequence: the layers run one after the
         other, each gathered from its stage. **Raises** `ValueError` if given a cache."""
@@ -170,18 +179,21 @@ class PipelinedTransformer(Transformer):
         take = lambda stage, block: jax.tree.map(lambda leaf: leaf[stage], block)
         stages, blocks = range(self.layers.n_stages), self.layers.blocks
         layers = tuple(take(stage, block) for stage in stages for block in blocks)
-        places, hidden = self.places(tokens, None), [self.tok_embeddings(tokens)]
+        places, hidden = self.places(tokens, None, segments), [self.tok_embeddings(tokens)]
         for block in layers:
             x, _ = block(hidden[-1], places, None)
             hidden.append(x)
         return tuple(hidden), None
 
     def batch(
-        self, tokens: Int[Array, "batch seq"], cache: Cache | None = None
+        self,
+        tokens: Int[Array, "batch seq"],
+        cache: Cache | None = None,
+        segments: Int[Array, "batch seq"] | None = None,
     ) -> tuple[Float[Array, "batch seq dim"], Cache | None]:
         """As that of a `Transformer`."""
         rows = None if cache is None else cache.layers
-        x, rows, _ = self.layers(*self._start(tokens, cache), rows)
+        x, rows, _ = self.layers(*self._start(tokens, cache, segments), rows)
         return x, None if cache is None else cache.after(rows, tokens.shape[1])
 
     def empty_cache(self, padding: Int[Array, "*batch"], **options: Any) -> Cache:
@@ -193,20 +205,25 @@ class PipelinedTransformer(Transformer):
         return eqx.tree_at(lambda c: c.layers, cache, layers)
 
     def with_router_logits(
-        self, tokens: Int[Array, "batch seq"]
+        self,
+        tokens: Int[Array, "batch seq"],
+        segments: Int[Array, "batch seq"] | None = None,
     ) -> tuple[Float[Array, "batch seq dim"], Float[Array, "batch layers seq experts"]]:
         """As that of a `Transformer`."""
         n_experts = self.config.moe.num_experts
-        start = self._start(tokens, None)
+        start = self._start(tokens, None, segments)
         x, _, router_logits = self.layers(*start, None, n_experts=n_experts)
         return x, router_logits
 
     def _start(
-        self, tokens: Int[Array, "batch seq"], cache: Cache | None
+        self,
+        tokens: Int[Array, "batch seq"],
+        cache: Cache | None,
+        segments: Int[Array, "batch seq"] | None,
     ) -> tuple[Float[Array, "batch seq dim"], Places]:
         """The embeddings of a batch, and where its tokens stand."""
         axes = None if cache is None else cache.axes
-        places = jax.vmap(self.places, (0, axes))(tokens, cache)
+        places = jax.vmap(self.places, (0, axes, 0))(tokens, cache, segments)
         places = eqx.tree_at(lambda p: p.length, places, places.length[0])
         return jax.vmap(self.tok_embeddings)(tokens), places
 

@@ -4,6 +4,9 @@ Tokens are brought together by their expert, in blocks of one size, so that each
 plain matrix product with one expert's weights. Mixtral of Experts (arXiv 2401.04088), 2.1.
 """
 
+import functools
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
@@ -14,7 +17,7 @@ from . import cpu, quantized
 from .replaced import replaces
 
 
-@replaces(mix, on="any")
+@replaces(mix, on="any", derived=True)
 def mix_chosen(
     experts: FeedForward,
     x: Float[Array, "batch seq dim"],
@@ -48,11 +51,23 @@ def dispatch(
     rows = x.at[token].get(mode="fill", fill_value=0).reshape(n_blocks, block, dim)
     numbers = jnp.arange(n_blocks, dtype=jnp.int32)
     expert = jnp.searchsorted(ends, numbers, side="right").astype(jnp.int32)
+    out = _run_blocks((experts, rows), expert)
+    out = out.reshape(slots, dim).at[slot].get(mode="fill", fill_value=0)
+    return jnp.sum(out.reshape(seq, top_k, dim) * weights[:, :, None], axis=1)
+
+
+@eqx.filter_custom_vjp
+def _run_blocks(
+    inputs: tuple[FeedForward, Float[Array, "blocks block dim"]],
+    expert: Int32[Array, "blocks"],
+) -> Float[Array, "blocks block dim"]:
+    """The experts, the blocks of tokens, and which expert each block is for."""
+    experts, rows = inputs
+    n_experts = jax.tree.leaves(experts)[0].shape[0]
 
     def run(experts, expert, rows):
-        take = lambda leaf: jax.lax.dynamic_index_in_dim(leaf, expert, keepdims=False)
-        one = jax.tree.map(take, experts)
-        return _one_token(one, rows) if block == 1 else one(rows)
+        one = _one_of(experts, expert)
+        return _one_token(one, rows) if rows.shape[0] == 1 else one(rows)
 
     def step(_, block):
         # Blocks that no expert needs come last, and are skipped. The branch has a second
@@ -60,9 +75,42 @@ def dispatch(
         skip = lambda experts, expert, rows: jnp.zeros_like(rows)
         return None, jax.lax.cond(block[0] < n_experts, run, skip, experts, *block)
 
-    _, out = jax.lax.scan(step, None, (expert, rows))
-    out = out.reshape(slots, dim).at[slot].get(mode="fill", fill_value=0)
-    return jnp.sum(out.reshape(seq, top_k, dim) * weights[:, :, None], axis=1)
+    return jax.lax.scan(step, None, (expert, rows))[1]
+
+
+@_run_blocks.def_fwd
+def _forward(perturbed, inputs, expert):
+    return _run_blocks(inputs, expert), None
+
+
+@_run_blocks.def_bwd
+def _backward(_, out_grads, perturbed, inputs, expert):
+    """A block's gradients are added to those of its expert, in place. JAX alone would add
+    arrays of all experts' size, most of them zeros, for every block."""
+    (experts, rows), (is_trained, _) = inputs, perturbed
+    trained, frozen = eqx.partition(experts, is_trained)
+
+    def step(sums, block):
+        expert, rows, out_grads = block
+        here = functools.partial(_one_of, expert=expert)
+        run = lambda part, rows: eqx.combine(part, here(frozen))(rows)
+        _, pull_back = jax.vjp(run, here(trained), rows)
+        grads, row_grads = pull_back(out_grads)
+        put = lambda sum, new, old: jax.lax.dynamic_update_index_in_dim(
+            sum, old + new.astype(sum.dtype), expert, 0
+        )
+        return jax.tree.map(put, sums, grads, here(sums)), row_grads
+
+    # Blocks that no expert needs have no gradient to add.
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), trained)
+    sums, row_grads = jax.lax.scan(step, zeros, (expert, rows, out_grads))
+    grads = jax.tree.map(lambda sum, leaf: sum.astype(leaf.dtype), sums, trained)
+    return grads, row_grads
+
+
+def _one_of(experts: FeedForward, expert: Int32[Array, ""]) -> FeedForward:
+    take = lambda leaf: jax.lax.dynamic_index_in_dim(leaf, expert, keepdims=False)
+    return jax.tree.map(take, experts)
 
 
 def _one_token(expert: FeedForward, x: Float[Array, "1 dim"]) -> Float[Array, "1 dim"]:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
+from jax.custom_derivatives import SymbolicZero
 
 
 # Every replaceable function of the package, by its name.
@@ -33,7 +34,8 @@ def replaceable(*, shared: tuple[str, ...] = ()) -> Callable[[Callable], Callabl
     The plain function acts on one sequence. Another program sees a whole batch: each of
     its arguments has a leading axis `batch`, but for those that are shared. Under `vmap`
     the rows of the batch go through it together, also under several. If a shared argument
-    is batched, the plain function runs. Derivatives are those of the plain function.
+    is batched, the plain function runs. Derivatives are those of the plain function, or of
+    a program that says so, and only those that are asked for.
 
     **Arguments:**
 
@@ -51,6 +53,7 @@ def replaceable(*, shared: tuple[str, ...] = ()) -> Callable[[Callable], Callabl
         axes = tuple(None if alone else 0 for alone in is_shared)
         batched_plain = jax.vmap(plain, axes)
         others: dict[str, Callable] = {}
+        derived: set[str] = set()
 
         @custom_vmap
         def on_batch(*args):
@@ -87,9 +90,22 @@ def replaceable(*, shared: tuple[str, ...] = ()) -> Callable[[Callable], Callabl
         def differentiable(*args):
             return on_batch(*args)
 
-        @differentiable.defjvp
+        # Symbolic zeros: a weight that is not trained has no gradient to be computed.
+        @functools.partial(differentiable.defjvp, symbolic_zeros=True)
         def derivative(primals, tangents):
-            return jax.jvp(batched_plain, primals, tangents)
+            place = "mesh" if any(map(_on_a_mesh, jax.tree.leaves(primals))) else "any"
+            way = others[place] if place in derived else batched_plain
+            leaves, treedef = jax.tree.flatten(primals)
+            tangents = treedef.flatten_up_to(tangents)
+            moving = [not isinstance(t, SymbolicZero) for t in tangents]
+            pick = lambda values: [v for v, moves in zip(values, moving) if moves]
+
+            def of_moving(*some):
+                rest = iter(some)
+                both = (next(rest) if m else leaf for leaf, m in zip(leaves, moving))
+                return way(*treedef.unflatten(both))
+
+            return jax.jvp(of_moving, pick(leaves), pick(tangents))
 
         @functools.wraps(plain)
         def call(*args):
@@ -99,14 +115,16 @@ def replaceable(*, shared: tuple[str, ...] = ()) -> Callable[[Callable], Callabl
             rows = [arg if alone else one(arg) for arg, alone in zip(args, is_shared)]
             return jax.tree.map(lambda x: x[0], differentiable(*rows))
 
-        call.plain, call.others = plain, others
+        call.plain, call.others, call.derived = plain, others, derived
         REPLACEABLE[plain.__name__] = call
         return call
 
     return decorate
 
 
-def replaces(function: Callable, *, on: str) -> Callable[[Callable], Callable]:
+def replaces(
+    function: Callable, *, on: str, derived: bool = False
+) -> Callable[[Callable], Callable]:
     """Says that the decorated program computes what a replaceable function does.
 
     **Arguments:**
@@ -115,10 +133,14 @@ def replaces(function: Callable, *, on: str) -> Callable[[Callable], Callable]:
     - `on`: a platform of JAX (`"cpu"`, `"cuda"`, `"rocm"`, `"tpu"`); `"any"` for all of
         those without a program of their own; or `"mesh"`, for arrays that are spread over
         several devices, whatever these are.
+    - `derived`: whether derivatives are those of this program, and not of the plain
+        function; on `"any"` and `"mesh"` alone.
     """
 
     def decorate(other: Callable) -> Callable:
         function.others[on] = other
+        if derived:
+            function.derived.add(on)
         return other
 
     return decorate
