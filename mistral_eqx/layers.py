@@ -56,7 +56,7 @@ def each_token(
     f: Callable[[Float[Array, "seq in"]], Float[Array, "seq out"]],
     x: Float[Array, "batch seq in"],
 ) -> Float[Array, "batch seq out"]:
-    """What acts on each token alone, on all tokens of a batch as on those of one sequence."""
+    """What acts on each token alone, on a batch whose rows become one sequence."""
     return f(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 

@@ -56,6 +56,13 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@pytest.fixture
+def promote():
+    """See `trains` in models.py."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory):
     """A folder in Mistral's format: random weights and the embedded model's tokenizer."""

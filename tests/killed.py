@@ -20,7 +20,8 @@ import numpy as np
 
 import mistral_eqx as mx
 from mistral_eqx.files.atomic import whole_folder
-from mistral_eqx.learning.training import fit
+from mistral_eqx.learning.batches import Slices
+from mistral_eqx.learning.fitting import fit
 
 
 def write(kind: str, folder: Path) -> None:
@@ -33,14 +34,13 @@ def write(kind: str, folder: Path) -> None:
             model = mx.load_model(folder / source, dtype="bfloat16")
             mx.save(model, folder / "out", force=True)
     else:
-        stream = np.arange(300, dtype=np.int32) % 60
+        ids = np.arange(300, dtype=np.int32) % 60
+        text = Slices("the text", ids, seq_len=8, bos_id=1)
         fit(
             mx.load_model(folder / "one", dtype="float32"),
-            *(stream, stream),
-            bos_id=1,
+            *(text, text),
             steps=2000,
             batch_size=1,
-            seq_len=8,
             checkpoint=folder / "run",
             checkpoint_every=1,
         )

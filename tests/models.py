@@ -6,9 +6,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from mistral_eqx import ModelConfig, Transformer
-from mistral_eqx.files.checkpoint import weight_name
+from mistral_eqx.files.names import weight_name
 
 
 PARAMS = {
@@ -44,6 +45,16 @@ def random_model(**changes):
         return jnp.asarray(values, jnp.float32)
 
     return jax.tree_util.tree_map_with_path(weight, skeleton)
+
+
+def small_model(**changes):
+    """A new one each time: training gives away the memory of its model."""
+    small = {"n_layers": 1, "dim": 16, "hidden_dim": 16}
+    return jax.tree.map(jnp.copy, random_model(**small | changes))
+
+
+# Optax mixes dtypes, which the other tests refuse.
+trains = pytest.mark.usefixtures("promote")
 
 
 def cast(model, dtype):

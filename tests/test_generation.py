@@ -63,9 +63,9 @@ def traced(monkeypatch):
     """The tokens and the slots of every program that is traced from here on."""
     programs, hidden_states = [], Transformer.hidden_states
 
-    def spy(self, tokens, cache):
+    def spy(self, tokens, cache, *more):
         programs.append((tokens.size, cache.slots[0]))
-        return hidden_states(self, tokens, cache)
+        return hidden_states(self, tokens, cache, *more)
 
     monkeypatch.setattr(Transformer, "hidden_states", spy)
     return programs
@@ -211,7 +211,7 @@ def test_a_program_is_compiled_once(caplog):
         stream(model, [TEXT[:20]], block=3, chunk=8)
         score(model, TEXT[:25], chunk=8)
     messages = [record.getMessage() for record in caplog.records]
-    for name, n in ("decode", 1), ("_prefill_chunk", 2), ("_score_chunk", 1):
+    for name, n in ("decode", 1), ("prefill_chunk", 2), ("_score_chunk", 1):
         compiled = [text for text in messages if f"XLA compilation of jit({name})" in text]
         assert len(compiled) == n, compiled
 
@@ -230,7 +230,7 @@ def test_a_long_prompt_needs_no_more(traced, monkeypatch):
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
         return rows, size, {shape: programs[shape] for shape in programs}
 
-    prefill_chunk = decoding._prefill_chunk
+    prefill_chunk = decoding.prefill_chunk
 
     def spy(model, cache, tokens):
         shape = (tokens.shape, cache.slots)
@@ -239,7 +239,7 @@ def test_a_long_prompt_needs_no_more(traced, monkeypatch):
             programs[shape] = compiled.memory_analysis().temp_size_in_bytes
         return prefill_chunk(model, cache, tokens)
 
-    monkeypatch.setattr(decoding, "_prefill_chunk", spy)
+    monkeypatch.setattr(decoding, "prefill_chunk", spy)
     _, size, short_programs = run(long[:100])
     n_traced = len(traced)
     (row,), long_size, long_programs = run(long)

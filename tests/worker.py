@@ -17,6 +17,7 @@ def program(folder):
     from mistral_eqx import beams, generation, scoring
     from mistral_eqx.devices import sharding
     from mistral_eqx.files import weights
+    from mistral_eqx.learning.batches import Batch
     from mistral_eqx.learning.training import start, train_step
 
     count, read = [0], weights._read_safetensors
@@ -49,19 +50,20 @@ def program(folder):
     )
     best = beams.beam_search(model, prompts, n_beams=2, max_tokens=4)
     optimizer = optax.sgd(0.1)
-    state = start(model, optimizer)
+    frozen, state = start(model, optimizer)
     tokens = jnp.asarray(np.arange(64).reshape(8, 8), jnp.int32)
     losses = []
     for _ in range(2):
-        batch = sharding.shard_rows(tokens, state.model)
-        state, loss = train_step(state, batch, optimizer)
-        losses.append(round(float(loss), 4))
+        batch = Batch(sharding.shard_rows(tokens, model))
+        state, outcome = train_step(frozen, state, batch, optimizer)
+        losses.append(round(float(outcome.loss), 4))
+    model = state.model(frozen)
     return {
         "tokens": [row.tokens for row in made],
         "drawn": drawn,
         "behind": [row.tokens for row in behind],
         "beams": [beam.tokens for row in best for beam in row],
-        "score": round(sum(scoring.score(state.model, [1, 2, 3, 4]).logprobs), 4),
+        "score": round(sum(scoring.score(model, [1, 2, 3, 4]).logprobs), 4),
         "losses": losses,
         "read": count[0],
     }

@@ -85,7 +85,8 @@ def _train(
     out: Path,
     work: Path,
 ) -> None:
-    from ..learning.training import fit
+    from ..learning.batches import Slices
+    from ..learning.fitting import fit
 
     tokenizer_path, checkpoint = work / "tokenizer.model", work / "checkpoint.eqx"
     writes = jax.process_index() == 0
@@ -99,19 +100,18 @@ def _train(
     tokenizer = Tokenizer(tokenizer_path)
     check_vocabulary(tokenizer, config.vocab_size)
 
-    def encode(texts):
+    def encode(name, texts):
         ids = [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
-        return np.concatenate([np.asarray(row, np.int32) for row in ids])
+        ids = np.concatenate([np.asarray(row, np.int32) for row in ids])
+        return Slices(name, ids, seq_len=options.seq_len, bos_id=tokenizer.bos_id)
 
     model = Transformer(config, key=jax.random.key(options.seed))
     model = fit(
         model if mesh is None else shard(model, mesh),
-        encode([text for text, _ in texts]),
-        encode([text for _, text in texts]),
-        bos_id=tokenizer.bos_id,
+        encode("the text", [text for text, _ in texts]),
+        encode("the held-out text", [text for _, text in texts]),
         steps=options.steps,
         batch_size=options.batch_size,
-        seq_len=options.seq_len,
         learning_rate=options.learning_rate,
         seed=options.seed,
         checkpoint=checkpoint,

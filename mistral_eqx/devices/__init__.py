@@ -9,6 +9,8 @@ engine then puts caches and batches where the model needs them.
 | `sharding.py` | which part of every weight, cache and batch each device holds |
 | `stages.py` | pipeline parallelism: layers in stages, batches in microbatches |
 | `experts.py` | expert parallelism: each device computes what its own experts contribute |
+| `chips.py` | chips that are not here, as their compilers know them |
+| `programs.py` | what a compiled program needs and does |
 | `processes.py` | several hosts: how processes find each other, and share arrays |
 """
 

@@ -33,10 +33,12 @@ def mix_where_experts_are(
         return jax.lax.psum(mixed.astype(jnp.float32), sums).astype(x.dtype)
 
     def spec(path, leaf):
-        if "w2" not in jax.tree_util.keystr(path):
-            return PartitionSpec("expert", MODEL)
+        is_w2, kind = "w2" in jax.tree_util.keystr(path), path[-1].name
+        if not is_w2:
+            return PartitionSpec("expert", MODEL if kind != "a" else None)
         # A scale that is one for a whole row is not cut with the row.
-        return PartitionSpec("expert", None, MODEL if leaf.shape[-1] > 1 else None)
+        is_whole = kind == "b" or leaf.shape[-1] == 1
+        return PartitionSpec("expert", None, None if is_whole else MODEL)
 
     rows, each = rows_spec(x.shape[0], mesh), n_experts // mesh.shape["expert"]
     run_here = jax.shard_map(

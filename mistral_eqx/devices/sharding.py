@@ -71,13 +71,18 @@ def shardings(model: eqx.Module, mesh: Mesh | AbstractMesh) -> PyTree[NamedShard
 
     def sharding(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        # A quantized weight has `values` and `scales` in place of `weight`.
+        # A quantized weight has `values` and `scales` in place of `weight`. An adapter has
+        # `a` and `b` beside its `base`.
         stem, _, kind = name.rpartition(".")
+        stem = stem.removesuffix(".base")
         spec = next(
             (_WEIGHTS[end] for end in _WEIGHTS if f"{stem}.weight".endswith(end)), ()
         )
         if kind == "scales":
             spec = _scales_spec(name, spec, leaf.shape[-1], mesh)
+        elif kind in ("a", "b"):
+            # Each has one of the weight's axes, and the rank, which is not divided.
+            spec = (None, *spec[1:]) if kind == "a" else spec[:1]
         if ".experts." in name:
             spec = ("expert", *spec)
         if name.startswith("layers.blocks."):
@@ -100,6 +105,14 @@ def _scales_spec(name: str, spec: tuple, groups: int, mesh: Mesh | AbstractMesh)
             "choose another mesh."
         )
     return spec
+
+
+def settled(model: eqx.Module) -> eqx.Module:
+    """A model with new arrays in it, with all of them where the others are."""
+    mesh = mesh_of(model)
+    if mesh is None:
+        return _beside(model, model)
+    return jax.device_put(model, shardings(model, mesh))
 
 
 def n_row_groups(model: eqx.Module) -> int:
@@ -167,6 +180,18 @@ def cache_shardings(cache: Cache, mesh: Mesh | AbstractMesh) -> PyTree[NamedShar
         places,
         (NamedSharding(mesh, WHOLE), NamedSharding(mesh, rows)),
     )
+
+
+def row_shardings(tree: PyTree, mesh: Mesh | AbstractMesh) -> PyTree[NamedSharding]:
+    """Those of arrays whose first axis is that of a batch, for the mesh of a sharded
+    model."""
+    rows = lambda leaf: NamedSharding(mesh, rows_spec(leaf.shape[0], mesh))
+    return jax.tree.map(rows, tree)
+
+
+def whole_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
+    """That of an array that every device has."""
+    return NamedSharding(mesh, WHOLE)
 
 
 def fill_rows(prompts: Sequence[Sequence[int]], model: eqx.Module) -> list[Sequence[int]]:

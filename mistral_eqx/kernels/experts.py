@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from ..layers import FeedForward, product
+from ..learning.lora import LoRALinear
 from ..moe import mix
 from . import cpu, quantized
 from .replaced import replaces
@@ -118,6 +119,8 @@ def _one_token(expert: FeedForward, x: Float[Array, "1 dim"]) -> Float[Array, "1
     out of the stack."""
 
     def project(x, linear):
+        if isinstance(linear, LoRALinear):
+            return project(x, linear.base) + linear.added(x)
         if isinstance(linear, quantized.QuantizedLinear):
             parts, multiply = (linear.values, linear.scales), quantized.quantized_product
             few = quantized.product_of_few_rows

@@ -125,7 +125,7 @@ def _parts(
 ]:
     """Columns of `x` and of the weight that belong together. The sum of their products,
     times the factor, is the product."""
-    if scales.shape[-1] == 1:
+    if scales.shape[-1] == 1 and values.dtype == jnp.int8:
         return [(x, values.astype(jnp.float32))], scales[:, 0].astype(jnp.float32)
     ones = jnp.ones(values.shape[0], jnp.float32)
     if values.dtype == jnp.int8:

@@ -17,6 +17,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
@@ -93,8 +94,6 @@ def replaceable(*, shared: tuple[str, ...] = ()) -> Callable[[Callable], Callabl
         # Symbolic zeros: a weight that is not trained has no gradient to be computed.
         @functools.partial(differentiable.defjvp, symbolic_zeros=True)
         def derivative(primals, tangents):
-            place = "mesh" if any(map(_on_a_mesh, jax.tree.leaves(primals))) else "any"
-            way = others[place] if place in derived else batched_plain
             leaves, treedef = jax.tree.flatten(primals)
             tangents = treedef.flatten_up_to(tangents)
             moving = [not isinstance(t, SymbolicZero) for t in tangents]
@@ -103,9 +102,26 @@ def replaceable(*, shared: tuple[str, ...] = ()) -> Callable[[Callable], Callabl
             def of_moving(*some):
                 rest = iter(some)
                 both = (next(rest) if m else leaf for leaf, m in zip(leaves, moving))
-                return way(*treedef.unflatten(both))
+                return batched_plain(*treedef.unflatten(both))
 
             return jax.jvp(of_moving, pick(leaves), pick(tangents))
+
+        # If another program has gradients of its own, these are what is computed.
+        @eqx.filter_custom_vjp
+        def in_reverse(args):
+            return on_batch(*args)
+
+        @in_reverse.def_fwd
+        def forward(perturbed, args):
+            return on_batch(*args), None
+
+        @in_reverse.def_bwd
+        def backward(_, grads, perturbed, args):
+            place = "mesh" if any(map(_on_a_mesh, jax.tree.leaves(args))) else "any"
+            way = others[place] if place in derived else batched_plain
+            moving, still = eqx.partition(args, perturbed)
+            run = lambda moving: way(*eqx.combine(moving, still))
+            return jax.vjp(run, moving)[1](grads)[0]
 
         @functools.wraps(plain)
         def call(*args):
@@ -113,7 +129,8 @@ def replaceable(*, shared: tuple[str, ...] = ()) -> Callable[[Callable], Callabl
                 return plain(*args)
             one = lambda arg: jax.tree.map(lambda leaf: leaf[None], arg)
             rows = [arg if alone else one(arg) for arg, alone in zip(args, is_shared)]
-            return jax.tree.map(lambda x: x[0], differentiable(*rows))
+            out = in_reverse(tuple(rows)) if derived else differentiable(*rows)
+            return jax.tree.map(lambda x: x[0], out)
 
         call.plain, call.others, call.derived = plain, others, derived
         REPLACEABLE[plain.__name__] = call
@@ -133,8 +150,8 @@ def replaces(
     - `on`: a platform of JAX (`"cpu"`, `"cuda"`, `"rocm"`, `"tpu"`); `"any"` for all of
         those without a program of their own; or `"mesh"`, for arrays that are spread over
         several devices, whatever these are.
-    - `derived`: whether derivatives are those of this program, and not of the plain
-        function; on `"any"` and `"mesh"` alone.
+    - `derived`: whether gradients are those of this program, and not of the plain
+        function; on `"any"` and `"mesh"` alone. There are no derivatives forwards then.
     """
 
     def decorate(other: Callable) -> Callable:

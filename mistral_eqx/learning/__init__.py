@@ -4,5 +4,9 @@
 |---|---|
 | `tokenizers.py` | a tokenizer learnt from a text |
 | `checkpoints.py` | the state of a run in a file |
-| `training.py` | the loss, one step, and a loop that goes on after it was killed |
+| `batches.py` | what a step learns from: slices of a long text, or short examples packed |
+| `examples.py` | a file of texts or conversations, checked line by line |
+| `lora.py` | layers that learn two thin matrices and keep their weight |
+| `training.py` | the loss, and one step down its gradient |
+| `fitting.py` | the loop around a step, which goes on after it was killed |
 """

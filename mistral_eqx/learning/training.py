@@ -1,40 +1,94 @@
-"""Next-token training: the loss, one step, and a loop that survives being killed."""
+"""Next-token training: the loss, and one step down its gradient."""
 
 import functools
-import os
-import zlib
-from pathlib import Path
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Float32, Int, Integer
-from tqdm import tqdm
+from jaxtyping import Array, Float, Float32, Int
 
-from .. import arguments
-from ..devices.sharding import n_row_groups, replicate, shard_rows
-from ..kernels.quantized import is_quantized
+from ..devices.sharding import replicate
+from ..heads.classifier import Classifier
 from ..transformer import Transformer
-from .checkpoints import read_checkpoint, write_checkpoint
+from .batches import Batch, Labelled
+from .lora import trainable
 
 
-def loss(
-    model: Transformer, tokens: Int[Array, "batch seq"], *, balance: float = 0.02
-) -> Float32[Array, ""]:
-    """The mean cross-entropy, in nats a token, of each token after those before it; for a
-    Mixtral plus `balance` times [`load_balancing_loss`][], so that no expert is left out.
-    """
-    moe = model.config.moe
-    if moe is None or balance == 0:
-        (hidden, _), uneven = model.batch(tokens[:, :-1]), 0
+# How many logits are in memory at once. There are as many as tokens times the vocabulary.
+_LOGITS = 2**26
+# A Transformer or a Classifier.
+Model = eqx.Module
+
+
+def loss(model: Transformer, batch: Batch, *, balance: float = 0.02) -> Float32[Array, ""]:
+    """The mean cross-entropy, in nats a token, of each token that is to be learnt after
+    those before it; for a Mixtral plus `balance` times [`load_balancing_loss`][], so that
+    no expert is left out."""
+    total, n, uneven = summed_loss(model, batch, balance=balance)
+    return total / jnp.maximum(n, 1).astype(jnp.float32) + uneven
+
+
+def summed_loss(
+    model: Transformer | Classifier, batch: Batch | Labelled, *, balance: float = 0.0
+) -> tuple[Float32[Array, ""], Int[Array, ""], Float32[Array, ""]]:
+    """The sum of the cross-entropies, the number of tokens or labels in it, and what is to
+    be added to their mean for a Mixtral."""
+    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+    if isinstance(batch, Labelled):
+        entropies = cross_entropy(model(batch.tokens, batch.lengths), batch.labels)
+        total = jnp.sum(jnp.where(batch.learnt, entropies, 0))
+        return total, n_learnt(batch), jnp.zeros(())
+    moe, uneven = model.config.moe, jnp.zeros(())
+    inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]
+    segments = None if batch.segments is None else batch.segments[:, :-1]
+    if moe is None:
+        hidden, _ = model.batch(inputs, None, segments)
     else:
-        hidden, router_logits = model.with_router_logits(tokens[:, :-1])
+        hidden, router_logits = model.with_router_logits(inputs, segments)
         uneven = balance * load_balancing_loss(router_logits, moe.num_experts_per_tok)
-    logits = jax.vmap(model.logits)(hidden)
-    entropy = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-    return jnp.mean(entropy) + uneven
+    entropies = _entropies(model, hidden, targets)
+    n = n_learnt(batch)
+    if batch.learnt is not None:
+        entropies = jnp.where(batch.learnt[:, 1:], entropies, 0)
+    return jnp.sum(entropies), n, uneven
+
+
+def n_learnt(batch: Batch | Labelled) -> Int[Array, ""]:
+    """How many tokens or labels of a batch are to be learnt."""
+    if isinstance(batch, Labelled):
+        return jnp.sum(batch.learnt, dtype=jnp.int32)
+    if batch.learnt is None:
+        return jnp.asarray(batch.tokens[:, 1:].size, jnp.int32)
+    return jnp.sum(batch.learnt[:, 1:], dtype=jnp.int32)
+
+
+def _entropies(
+    model: Transformer,
+    hidden: Float[Array, "batch seq dim"],
+    targets: Int[Array, "batch seq"],
+) -> Float32[Array, "batch seq"]:
+    """The cross-entropy of each target. If there are many logits, they are made for a part
+    of the sequence at a time, and again for the gradient."""
+
+    def entropies(hidden, targets):
+        logits = jax.vmap(model.logits)(hidden)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+
+    batch, seq = targets.shape
+    n_parts = -(-batch * seq * model.config.vocab_size // _LOGITS)
+    if n_parts == 1:
+        return entropies(hidden, targets)
+    padding = -seq % n_parts
+
+    def cut(x):
+        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, n_parts, -1, *x.shape[2:]), 1, 0)
+
+    parts = (cut(hidden), cut(targets))
+    out = jax.lax.map(lambda part: jax.checkpoint(entropies)(*part), parts)
+    return jnp.moveaxis(out, 0, 1).reshape(batch, -1)[:, :seq]
 
 
 def load_balancing_loss(
@@ -64,17 +118,21 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """AdamW with clipped gradients. The learning rate rises over `warmup` steps and falls
     along a cosine to a fiftieth at `steps`. Norms are not decayed."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, learning_rate, warmup, max(steps, warmup + 1), 0.02 * learning_rate
-    )
     return optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adamw(
-            schedule,
+            make_schedule(learning_rate=learning_rate, steps=steps, warmup=warmup),
             b2=0.95,
             weight_decay=weight_decay,
             mask=functools.partial(jax.tree_util.tree_map_with_path, _decays),
         ),
+    )
+
+
+def make_schedule(*, learning_rate: float, steps: int, warmup: int) -> optax.Schedule:
+    """The learning rate of each step of [`make_optimizer`][]."""
+    return optax.warmup_cosine_decay_schedule(
+        0.0, learning_rate, warmup, max(steps, warmup + 1), 0.02 * learning_rate
     )
 
 
@@ -83,164 +141,133 @@ def _decays(path: tuple, leaf: Array) -> bool:
 
 
 class TrainState(eqx.Module):
-    """All that a run needs to go on: what is written to its checkpoint."""
+    """What changes while a model is trained: what is written to a checkpoint.
 
-    model: Transformer
+    **Attributes:**
+
+    - `weights`: the model with its trained weights alone, in float32.
+    - `optimizer_state`: for those.
+    - `step`: how many steps have been made.
+    - `dtype`: of the trained weights in the model.
+    """
+
+    weights: Model
     optimizer_state: optax.OptState
     step: Int[Array, ""]
+    dtype: np.dtype = eqx.field(static=True)
+
+    def model(self, frozen: Model) -> Model:
+        """The model with the weights as they are now, beside those that stay."""
+        cast = lambda leaf: leaf.astype(self.dtype)
+        return eqx.combine(jax.tree.map(cast, self.weights), frozen)
 
 
-def start(model: Transformer, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step. The model's arrays become its own: `train_step`
-    donates them."""
-    state = TrainState(model, optimizer.init(model), jnp.zeros((), jnp.int32))
+def start(
+    model: Model, optimizer: optax.GradientTransformation
+) -> tuple[Model, TrainState]:
+    """What stays of a model (see [`trainable`][mistral_eqx.learning.lora.trainable]) and
+    the state before the first step. Trained float32 arrays of the model become the state's
+    own: [`train_step`][] donates them."""
+    weights, frozen = eqx.partition(model, trainable(model))
+    dtype = jax.tree.leaves(weights)[0].dtype
+    if dtype == jnp.float16:
+        raise ValueError(
+            "A float16 model cannot be trained, because small gradients would be zero: "
+            'load it with dtype="bfloat16" or "float32".'
+        )
+    weights = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), weights)
+    state = TrainState(weights, optimizer.init(weights), jnp.zeros((), jnp.int32), dtype)
     # The scalars are committed to the model's devices. Otherwise a step is compiled twice:
     # for uncommitted scalars, and then for the outputs of the first step.
     counts, rest = eqx.partition(state, lambda leaf: leaf.ndim == 0)
-    return eqx.combine(replicate(counts, model), rest)
+    return frozen, eqx.combine(replicate(counts, model), rest)
 
 
-@eqx.filter_jit(donate="all")
+class Outcome(eqx.Module):
+    """What a step has found: the loss before it, and the norm of its whole gradient."""
+
+    loss: Float32[Array, ""]
+    grad_norm: Float32[Array, ""]
+
+
+@eqx.filter_jit(donate="all-except-first")
 def train_step(
+    frozen: Model,
     state: TrainState,
-    tokens: Int[Array, "batch seq"],
+    batch: Batch | Labelled,
     optimizer: optax.GradientTransformation,
-) -> tuple[TrainState, Float32[Array, ""]]:
-    """One step down the gradient. Returns the new state and the loss before it; the state
-    given is donated and may not be used again."""
-    value, grads = eqx.filter_value_and_grad(loss)(state.model, tokens)
-    updates, optimizer_state = optimizer.update(grads, state.optimizer_state, state.model)
-    model = eqx.apply_updates(state.model, updates)
-    return TrainState(model, optimizer_state, state.step + 1), value
-
-
-_evaluate = eqx.filter_jit(functools.partial(loss, balance=0.0))
-
-
-def sample_batch(
-    tokens: Integer[np.ndarray, "length"],
     *,
-    batch_size: int,
-    seq_len: int,
-    bos_id: int,
-    seed: int,
-    step: int,
-) -> Int[np.ndarray, "batch seq"]:
-    """`batch_size` random slices of `seq_len` tokens, each behind a BOS. They depend on the
-    seed and the step alone, so that a resumed run sees what an unbroken one does."""
-    starts = np.random.default_rng((seed, step)).integers(
-        0, len(tokens) - seq_len + 1, batch_size
-    )
-    slices = tokens[starts[:, None] + np.arange(seq_len)[None, :]]
-    return np.concatenate(
-        [np.full((batch_size, 1), bos_id, np.int32), slices.astype(np.int32)], axis=1
-    )
-
-
-def fit(
-    model: Transformer,
-    tokens: Integer[np.ndarray, "length"],
-    held_out: Integer[np.ndarray, "held_out_length"],
-    *,
-    bos_id: int,
-    steps: int,
-    batch_size: int = 8,
-    seq_len: int = 256,
-    learning_rate: float = 2e-3,
-    warmup: int = 200,
-    seed: int = 0,
-    checkpoint: str | os.PathLike | None = None,
-    checkpoint_every: int = 250,
-) -> Transformer:
-    """Trains `model` to predict each token of `tokens` from those before it.
+    parts: int = 1,
+    recompute: bool = False,
+) -> tuple[TrainState, Outcome]:
+    """One step down the gradient.
 
     **Arguments:**
 
-    - `model`: where to start. It is donated: use the one that is returned.
-    - `tokens`, `held_out`: two streams of token ids. The second is only ever measured.
-    - `bos_id`: put before each sequence.
-    - `steps`, `batch_size`, `seq_len`: how much to train; `steps` counts from the start
-        of the run, those before an interruption included.
-    - `learning_rate`, `warmup`: see [`make_optimizer`][].
-    - `seed`: for the choice of sequences.
-    - `checkpoint`: a file for the state of the run. If it is there, the run goes on from
-        it, or from the one before it, if it is damaged.
-    - `checkpoint_every`: steps from one checkpoint, and one held-out loss, to the next.
-
-    **Returns:**
-
-    The trained model.
-
-    **Raises:**
-
-    `ValueError` if `tokens` or `held_out` are shorter than a sequence, if the checkpoint is
-    of another run (other arguments, text or model), or if the model is quantized.
+    - `frozen`, `state`: as `start` returns them. The state is donated and may not be used
+        again.
+    - `batch`: what to learn.
+    - `optimizer`: that of `start`.
+    - `parts`: how many parts the rows go through the model in. The step is the same, in
+        the memory of one part.
+    - `recompute`: whether to keep of every block only what goes in, and compute its insides
+        once more for the gradient: less memory for a third more work.
     """
-    if is_quantized(model):
-        raise ValueError(
-            "A quantized model cannot be trained: its numbers are whole. Train the model "
-            "that it was made from."
-        )
-    integer = arguments.integer
-    steps, warmup = integer("steps", steps), integer("warmup", warmup)
-    batch_size = integer("batch_size", batch_size, least=1)
-    seq_len = integer("seq_len", seq_len, least=1)
-    checkpoint_every = integer("checkpoint_every", checkpoint_every, least=1)
-    seed = integer("seed", seed, most=2**63 - 1)
-    learning_rate = arguments.number("learning_rate", learning_rate)
-    if not 0 < learning_rate < np.inf:
-        raise ValueError(f"learning_rate must be above 0, got {learning_rate}.")
-    for name, stream in (("tokens", tokens), ("held_out", held_out)):
-        if len(stream) < seq_len:
-            raise ValueError(
-                f"{name} has {len(stream)} ids, fewer than one sequence of {seq_len}."
-            )
-    if batch_size % n_row_groups(model) != 0:
-        raise ValueError(
-            f"batch_size ({batch_size}) cannot be divided among the {n_row_groups(model)} "
-            "groups of devices along the mesh's data and fsdp: make it a multiple of that."
-        )
-    optimizer = make_optimizer(learning_rate=learning_rate, steps=steps, warmup=warmup)
-    state = start(model, optimizer)
-    run = {
-        "steps": steps,
-        "batch_size": batch_size,
-        "seq_len": seq_len,
-        "learning_rate": learning_rate,
-        "warmup": warmup,
-        "seed": seed,
-        "text": zlib.crc32(np.asarray(tokens, np.int32).tobytes()),
-    }
-    if checkpoint is not None:
-        checkpoint = Path(arguments.path("checkpoint", checkpoint))
-        stored = read_checkpoint(checkpoint, state, run)
-        state = state if stored is None else stored
-    measured = sample_batch(
-        held_out, batch_size=64, seq_len=seq_len, bos_id=bos_id, seed=0, step=0
-    )
-    begun = int(state.step)
-    with tqdm(
-        total=steps, initial=begun, unit="step", desc="train", disable=None
-    ) as progress:
-        shown = {}
-        for step in range(begun, steps):
-            batch = sample_batch(
-                tokens,
-                batch_size=batch_size,
-                seq_len=seq_len,
-                bos_id=bos_id,
-                seed=seed,
-                step=step,
-            )
-            batch = shard_rows(jnp.asarray(batch), state.model)
-            state, value = train_step(state, batch, optimizer)
-            done = step + 1
-            if done % 10 == 0:
-                shown["loss"] = f"{float(value):.3f}"
-            if done % checkpoint_every == 0 or done == steps:
-                shown["held out"] = f"{float(_evaluate(state.model, measured)):.3f}"
-                if checkpoint is not None:
-                    write_checkpoint(checkpoint, state, run)
-            progress.set_postfix(shown, refresh=False)
-            progress.update()
-    return state.model
+    n_all = jnp.maximum(n_learnt(batch), 1).astype(jnp.float32)
+
+    def loss_of_part(weights: Model, part: Batch | Labelled) -> Float32[Array, ""]:
+        model = eqx.tree_at(lambda s: s.weights, state, weights).model(frozen)
+        model = _recomputed(model) if recompute else model
+        total, _, uneven = summed_loss(model, part, balance=0.02)
+        return total / n_all + uneven / parts
+
+    value_and_grads = eqx.filter_value_and_grad(loss_of_part)
+    if parts == 1:
+        value, grads = value_and_grads(state.weights, batch)
+    else:
+
+        def add(sums, part):
+            return jax.tree.map(jnp.add, sums, value_and_grads(state.weights, part)), None
+
+        # Part `i` has rows `i, parts + i, ...`: some of each device's rows.
+        cut = lambda x: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
+        zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.weights)
+        (value, grads), _ = jax.lax.scan(add, zeros, jax.tree.map(cut, batch))
+    updates, optimizer_state = optimizer.update(grads, state.optimizer_state, state.weights)
+    weights = eqx.apply_updates(state.weights, updates)
+    outcome = Outcome(value, optax.tree.norm(grads))
+    return TrainState(weights, optimizer_state, state.step + 1, state.dtype), outcome
+
+
+class _Recomputed(eqx.Module):
+    """A block whose insides are computed again in the backward pass."""
+
+    block: eqx.Module
+
+    def __call__(self, *args):
+        return eqx.filter_checkpoint(self.block)(*args)
+
+    def attend(self, *args):
+        return eqx.filter_checkpoint(self.block.attend)(*args)
+
+    def router_logits(self, x):
+        return eqx.filter_checkpoint(self.block.router_logits)(x)
+
+    def feed(self, x):
+        return eqx.filter_checkpoint(self.block.feed)(x)
+
+
+def _recomputed(model: Model) -> Model:
+    if isinstance(model, Classifier):
+        return eqx.tree_at(lambda c: c.model, model, _recomputed(model.model))
+    # The layers of a pipelined model are in stages.
+    blocks = lambda m: m.layers if isinstance(m.layers, tuple) else m.layers.blocks
+    return eqx.tree_at(blocks, model, tuple(map(_Recomputed, blocks(model))))
+
+
+@eqx.filter_jit
+def evaluate(
+    frozen: Model, state: TrainState, batch: Batch | Labelled
+) -> tuple[Float32[Array, ""], Int[Array, ""]]:
+    """The sum of the losses of a batch's tokens, and how many there are."""
+    return summed_loss(state.model(frozen), batch)[:2]

@@ -38,7 +38,7 @@ def make(folder: Path) -> None:
     import numpy as np
 
     from mistral_eqx import ModelConfig
-    from mistral_eqx.files.checkpoint import weight_shapes
+    from mistral_eqx.files.names import weight_shapes
     from mistral_eqx.files.weights import DTYPES, StoredTensor, write_safetensors
 
     noise = np.random.default_rng(0).standard_normal((1024, 14336)).astype(DTYPES["BF16"])

@@ -13,7 +13,10 @@ What is timed, after everything has been compiled and warmed up:
 
 - `decode`: greedy tokens of one row, from position 100 or so. `batch`: of `--rows`.
 - `prefill`: a prompt of `--lengths` tokens, up to the logits that follow it.
-- `train`: a step of 16 rows of 256 tokens in float32, AdamW with clipped gradients.
+- `train`: a step of 16 rows of 256 tokens in float32, AdamW with clipped gradients, of the
+    embedded model.
+- `lora`: a step of 2 such rows of the 135m shape in float32, with an adapter of rank 16 for
+    all linear layers but the output; transformers' is peft's.
 
 Nobody is timed before all agree. In float32 every engine writes the same greedy tokens, in
 the check and while it is timed. In bfloat16 two orders of summation round differently:
@@ -61,11 +64,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = 96
-TRAIN_ROWS, TRAIN_LENGTH = 16, 256
+TRAIN_ROWS, TRAIN_LENGTH, LORA_ROWS, LORA_RANK = 16, 256, 2, 16
 PROBED = ("bandwidth", "bandwidth", None)
 # Tokens of a prompt and behind it that fit the embedded model's window.
 CHECK = (16, 40)
-WHAT = ("decode", "batch", "prefill", "train")
+WHAT = ("decode", "batch", "prefill", "train", "lora")
 # How far apart logits may be, in units of their own spread.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 6e-2, "int8": 6e-2}
 GGUF_TYPES = {"float32": "f32", "bfloat16": "bf16", "int8": "q8_0"}
@@ -91,7 +94,7 @@ class Package:
 
     name = "mistral_eqx"
     window = True
-    does = ("decode", "batch", "prefill", "train")
+    does = WHAT
     quantize = "int8"
 
     def __init__(self, job: Job):
@@ -152,17 +155,30 @@ class Package:
         import jax
         import jax.numpy as jnp
 
+        return self._train(jax.tree.map(jnp.copy, self.model), TRAIN_ROWS)
+
+    def lora(self, _):
+        model = self.mx.add_lora(self.model, rank=LORA_RANK, key=self.key)
+        return self._train(model, LORA_ROWS)
+
+    def _train(self, model, rows):
+        import jax
+        import jax.numpy as jnp
+
+        from mistral_eqx.learning.batches import Batch
         from mistral_eqx.learning.training import make_optimizer, start, train_step
 
         optimizer = make_optimizer(learning_rate=1e-3, steps=10**6, warmup=0)
-        self.state = start(jax.tree.map(jnp.copy, self.model), optimizer)
-        tokens = jnp.asarray(training_tokens(self.model.config.vocab_size))
+        frozen, self.state = start(model, optimizer)
+        tokens = training_tokens(self.model.config.vocab_size, rows)
 
         def run(_):
-            self.state, loss = train_step(self.state, tokens, optimizer)
-            return float(jax.block_until_ready(loss))
+            batch = Batch(jnp.asarray(tokens))
+            made = train_step(frozen, self.state, batch, optimizer)
+            self.state, outcome = jax.block_until_ready(made)
+            return float(outcome.loss)
 
-        return (lambda: None), run, TRAIN_ROWS * TRAIN_LENGTH
+        return (lambda: None), run, rows * TRAIN_LENGTH
 
 
 class InBfloat16(Package):
@@ -316,17 +332,29 @@ class Transformers:
         return (lambda: None), run, length
 
     def train(self, _):
-        torch, model = self.torch, copy.deepcopy(self.model).train()
-        matrices = [p for p in model.parameters() if p.ndim > 1]
-        norms = [p for p in model.parameters() if p.ndim == 1]
+        return self._train(copy.deepcopy(self.model).train(), TRAIN_ROWS)
+
+    def lora(self, _):
+        import peft
+
+        options = {"r": LORA_RANK, "lora_alpha": 2 * LORA_RANK}
+        config = peft.LoraConfig(**options, target_modules="all-linear")
+        model = copy.deepcopy(self.model).train()
+        return self._train(peft.get_peft_model(model, config), LORA_ROWS)
+
+    def _train(self, model, rows):
+        torch = self.torch
+        trained = [p for p in model.parameters() if p.requires_grad]
+        matrices = [p for p in trained if p.ndim > 1]
+        norms = [p for p in trained if p.ndim == 1]
         optimizer = torch.optim.AdamW(
             [{"params": matrices}, {"params": norms, "weight_decay": 0.0}],
             lr=1e-3,
             betas=(0.9, 0.95),
             weight_decay=0.1,
         )
-        tokens = torch.tensor(training_tokens(model.config.vocab_size), device=self.device)
-        tokens = tokens.long()
+        tokens = training_tokens(model.config.vocab_size, rows)
+        tokens = torch.tensor(tokens, device=self.device).long()
 
         def run(_):
             logits = model(tokens[:, :-1]).logits
@@ -335,11 +363,11 @@ class Transformers:
             )
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             return loss.item()
 
-        return (lambda: None), run, TRAIN_ROWS * TRAIN_LENGTH
+        return (lambda: None), run, rows * TRAIN_LENGTH
 
 
 class LlamaCpp:
@@ -431,10 +459,10 @@ ENGINES = {
 }
 
 
-def training_tokens(vocab_size):
+def training_tokens(vocab_size, rows):
     import numpy as np
 
-    shape = (TRAIN_ROWS, TRAIN_LENGTH + 1)
+    shape = (rows, TRAIN_LENGTH + 1)
     return np.random.default_rng(1).integers(0, vocab_size, shape).astype(np.int32)
 
 
@@ -628,7 +656,7 @@ def measure(job: Job, engines: list[str], what: dict, options) -> dict:
             for label, name in turns:
                 disturbed += not wait_for_quiet(options.patience)
                 speed, result = workers[name]("turn", label, options.seconds)
-                if label != "train" and result != results[label, name]:
+                if label not in ("train", "lora") and result != results[label, name]:
                     raise RuntimeError(f"{name} wrote other tokens than at first.")
                 speeds[label][name].append(speed)
             told = (
@@ -663,9 +691,10 @@ def compare_results(workers, job: Job, results) -> None:
             raise RuntimeError(f"{name} wrote other tokens than the package in {label}.")
         if equal < len(rows):
             say(f"  {label}, {name}: {equal} of {len(rows)} rows equal in bfloat16")
-    losses = {name: loss for (label, name), loss in results.items() if label == "train"}
-    if losses and max(losses.values()) - min(losses.values()) > 1e-4:
-        raise RuntimeError(f"The first losses differ: {losses}.")
+    for what in ("train", "lora"):
+        losses = {name: loss for (label, name), loss in results.items() if label == what}
+        if losses and max(losses.values()) - min(losses.values()) > 1e-4:
+            raise RuntimeError(f"The first losses differ: {losses}.")
 
 
 def table(measured: list[dict]) -> str:
@@ -815,6 +844,8 @@ def things(options, shape: str, dtype: str) -> dict[str, tuple]:
         found |= {f"prefill of {n}": ("prefill", "prefill", n) for n in options.lengths}
     if "train" in options.what and (shape, dtype) == ("tiny", "float32"):
         found["train"] = ("train", "train", None)
+    if "lora" in options.what and (shape, dtype) == ("135m", "float32"):
+        found["lora"] = ("lora", "lora", None)
     return found
 
 

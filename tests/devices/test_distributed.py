@@ -18,6 +18,7 @@ from worker import program
 
 import mistral_eqx as mx
 from mistral_eqx.files.params import config_to_params
+from mistral_eqx.learning.batches import Batch
 from mistral_eqx.learning.training import loss
 from mistral_eqx.text import TINY_MISTRAL
 
@@ -147,7 +148,7 @@ def test_one_process_writes_what_all_have_trained(tmp_path, start):
     one, two = (mx.load_model(tmp_path / folder) for folder in ("one", "two"))
     tokens = jnp.asarray(np.reshape(random_tokens(4 * 17, 300), (4, 17)))
     start = mx.Transformer(one.config, key=jax.random.key(0))
-    before, expected, found = (float(loss(m, tokens)) for m in (start, one, two))
+    before, expected, found = (float(loss(m, Batch(tokens))) for m in (start, one, two))
     assert abs(found - expected) < 0.1 * abs(expected - before)
 
 

@@ -22,7 +22,10 @@ from mistral_eqx.devices.mesh import make_mesh, parse_mesh
 from mistral_eqx.files.folders import read_config
 from mistral_eqx.files.inspection import plan
 from mistral_eqx.files.params import config_to_params
-from mistral_eqx.learning.training import fit, loss, start, train_step
+from mistral_eqx.learning.batches import Batch, Slices
+from mistral_eqx.learning.fitting import fit
+from mistral_eqx.learning.lora import trainable
+from mistral_eqx.learning.training import loss, start, train_step
 
 
 DENSE = ["data=8", "model=8", "data=2,model=4", "data=2,fsdp=2,model=2", "model=1"]
@@ -100,23 +103,48 @@ def test_generation(mesh):
 )
 def test_training_step(mesh):
     plain, model = model_for(mesh), sharded(mesh)
+    check_step(plain, model, mesh)
+
+
+@pytest.mark.parametrize("scheme", [None, "int8"])
+@pytest.mark.parametrize("mesh", ["data=2,fsdp=2,model=2", "pipe=2,data=2", MOE[0]])
+def test_training_step_of_an_adapter(mesh, scheme):
+    plain = model_for(mesh)
+    plain = plain if scheme is None else mx.quantize(plain, scheme)
+    plain = mx.add_lora(plain, rank=3, key=jax.random.key(4))
+    # One that adds something already, so that both of its matrices have gradients.
+    plain = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf + 0.1 if path[-1].name == "b" else leaf, plain
+    )
+    check_step(plain, mx.shard(plain, mesh_of(mesh)), mesh)
+
+
+def check_step(plain, model, mesh):
+    """A step on a mesh is the step on one device, and leaves everything where it was."""
     tokens = jnp.asarray(np.reshape(random_tokens(8 * 12), (8, 12)))
     optimizer = optax.adam(0.1, eps=1.0)  # smooth: else rounding decides its signs
 
-    def step(model):
+    def step(model, **options):
         model = jax.tree.map(jnp.copy, model)  # it will be donated
-        state = start(model, optimizer)
-        return train_step(state, sharding.shard_rows(tokens, model), optimizer)
+        frozen, state = start(model, optimizer)
+        batch = Batch(sharding.shard_rows(tokens, model))
+        state, outcome = train_step(frozen, state, batch, optimizer, **options)
+        return state, outcome
 
-    (expected, value), (found, other) = step(plain), step(model)
-    close(value, other)
-    for before, leaf in zip(jax.tree.leaves(plain), jax.tree.leaves(expected.model)):
+    (expected, one), (found, other) = step(plain), step(model, recompute=True)
+    close(one.loss, other.loss)
+    close(one.grad_norm, other.grad_norm)
+    trained, _ = eqx.partition(plain, trainable(plain))
+    for before, leaf in zip(jax.tree.leaves(trained), jax.tree.leaves(expected.weights)):
         assert np.abs(np.asarray(before) - np.asarray(leaf)).max() > 1e-4
-    expected = stages.in_stages(expected.model, mesh_of(mesh))
-    jax.tree.map(close, expected, found.model)
+    expected = stages.in_stages(expected.weights, mesh_of(mesh))
+    jax.tree.map(close, expected, found.weights)
     # What a device holds stays its part, in the optimizer too.
-    for tree in (found.model, found.optimizer_state[0].mu, found.optimizer_state[0].nu):
-        for leaf, place in zip(jax.tree.leaves(tree), jax.tree.leaves(model)):
+    trained, _ = eqx.partition(model, trainable(model))
+    moments = found.optimizer_state[0]
+    for tree in (found.weights, moments.mu, moments.nu):
+        leaves, places = jax.tree.leaves(tree), jax.tree.leaves(trained)
+        for leaf, place in zip(leaves, places, strict=True):
             assert leaf.sharding.is_equivalent_to(place.sharding, leaf.ndim)
 
 
@@ -332,9 +360,9 @@ def test_other_dimensions_that_cannot_be_divided():
             random_model(), jax.make_mesh((2,), ("tensor",), devices=jax.devices()[:2])
         )
     with pytest.raises(ValueError, match=r"batch_size \(6\) .* 4 groups"):
-        stream = np.zeros(100, np.int32)
+        stream = Slices("text", np.zeros(100, np.int32), seq_len=8, bos_id=1)
         model = mx.shard(random_model(), make_mesh({"data": 2, "fsdp": 2}))
-        fit(model, stream, stream, bos_id=1, steps=1, batch_size=6, seq_len=8)
+        fit(model, stream, stream, steps=1, batch_size=6)
 
 
 @pytest.mark.parametrize(
@@ -407,34 +435,35 @@ def test_microbatches_and_windows():
 def test_fit_goes_on_where_it_was(tmp_path):
     """On a mesh, from its own checkpoint; and it learns what it learns on one device."""
     tokens = np.asarray(random_tokens(400), np.int32)
-    options = {"bos_id": 1, "steps": 4, "batch_size": 4, "seq_len": 8, "warmup": 1}
+    text = Slices("the text", tokens, seq_len=8, bos_id=1)
+    options = {"steps": 4, "batch_size": 4, "warmup": 1}
     options |= {"learning_rate": 1e-2, "checkpoint_every": 2}
 
     def trained(mesh, **more):
         model = jax.tree.map(jnp.copy, random_model())
         model = model if mesh is None else mx.shard(model, mesh_of(mesh))
-        return fit(model, tokens, tokens, **options | more)
+        return fit(model, text, text, **options | more)
 
     path = tmp_path / "checkpoint"
     whole = trained("data=2,fsdp=2", checkpoint=path)
     path.unlink()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mistral_eqx.learning.training.train_step", _fail_at(2))
+        patch.setattr("mistral_eqx.learning.fitting.train_step", _fail_at(2))
         with pytest.raises(KeyboardInterrupt):
             trained("data=2,fsdp=2", checkpoint=path)
     resumed = trained("data=2,fsdp=2", checkpoint=path)
     jax.tree.map(close, whole, resumed)
     for leaf, place in zip(jax.tree.leaves(resumed), jax.tree.leaves(whole)):
         assert leaf.sharding.is_equivalent_to(place.sharding, leaf.ndim)
-    batch = jnp.asarray(tokens[:96].reshape(8, 12))
+    batch = Batch(jnp.asarray(tokens[:96].reshape(8, 12)))
     close(loss(whole, batch), loss(trained(None), batch))
 
 
 def _fail_at(step):
-    def failing(state, *rest):
+    def failing(frozen, state, *rest, **options):
         if int(state.step) == step:
             raise KeyboardInterrupt
-        return train_step(state, *rest)
+        return train_step(frozen, state, *rest, **options)
 
     return failing
 

@@ -12,7 +12,8 @@ from mistral_eqx.config import MoEConfig
 from mistral_eqx.devices.mesh import make_mesh, parse_mesh
 from mistral_eqx.kernels.quantized import QuantizedLinear, quantized, quantized_product
 from mistral_eqx.layers import Linear
-from mistral_eqx.learning.training import fit
+from mistral_eqx.learning.batches import Slices
+from mistral_eqx.learning.fitting import fit
 
 
 SIZES = {"dim": 128, "head_dim": 32, "hidden_dim": 128}
@@ -237,7 +238,8 @@ def test_what_cannot_be_quantized(tmp_path):
         mx.save(small, tmp_path / "small")
     assert not (tmp_path / "small").exists()
     with pytest.raises(ValueError, match="cannot be trained"):
-        fit(small, np.array(TOKENS), np.array(TOKENS), bos_id=1, steps=1)
+        text = Slices("text", np.array(TOKENS), seq_len=4, bos_id=1)
+        fit(small, text, text, steps=1)
     mesh = make_mesh({"model": 4})
     narrow = mx.quantize(
         random_model(dim=32, head_dim=8, hidden_dim=64, n_kv_heads=4), "int4"
