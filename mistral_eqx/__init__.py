@@ -20,13 +20,26 @@ from .decoding import (
 )
 from .devices import experts as _mesh_experts  # noqa: F401
 from .devices.sharding import shard as shard
+from .files.adapted import (
+    convert_adapter as convert_adapter,
+    load_adapter as load_adapter,
+    save_adapter as save_adapter,
+)
 from .files.checkpoint import load_model as load_model
 from .files.export import convert as convert, save as save
+from .files.heads import (
+    load_classifier as load_classifier,
+    load_embedder as load_embedder,
+    save_classifier as save_classifier,
+)
 from .files.released import RELEASED as RELEASED
+from .heads.classifier import Classifier as Classifier
+from .heads.texts import classify as classify, embed as embed
 
 # What stands in these modules takes the place of plain functions of the model.
 from .kernels import cpu as _cpu, experts as _experts  # noqa: F401
 from .kernels.quantized import quantize as quantize
+from .learning.lora import add_lora as add_lora, merge_lora as merge_lora
 from .learning.tokenizers import train_tokenizer as train_tokenizer
 from .sampling import Sampling as Sampling
 from .text import (

@@ -64,10 +64,36 @@ def encode_chat(
     could not tell from its own.
     """
     messages = _checked_messages(messages)
+    last = messages[-1]
+    if last["role"] == "system" or (last["role"] == "assistant" and not last.get("prefix")):
+        raise ValueError(
+            f"The last message must be of the user, got {last['role']!r}. An answer that "
+            'is to be continued has "prefix": True.'
+        )
+    return _encode(tokenizer, messages, tools, reasoning_effort, answered=False)
+
+
+def encode_answered(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """The ids of a conversation that ends with an answer, up to the id that ends it: what
+    a model learns from. Arguments and errors are those of [`encode_chat`][]."""
+    messages = _checked_messages(messages)
+    if messages[-1]["role"] != "assistant":
+        raise ValueError("The last message must be an answer of the assistant's.")
+    return _encode(tokenizer, messages, (), None, answered=True)
+
+
+def _encode(
+    tokenizer: Tokenizer,
+    messages: list[dict[str, Any]],
+    tools: Sequence[Mapping[str, Any]],
+    reasoning_effort: str | None,
+    *,
+    answered: bool,
+) -> list[int]:
     if _goes_by_template(tokenizer):
         options = {"tools": _checked_tools(tools), "reasoning_effort": reasoning_effort}
-        return encode_by_template(tokenizer, messages, **options)
-    templates = _templates(tokenizer.path)
+        return encode_by_template(tokenizer, messages, **options, answered=answered)
+    templates = _templates(tokenizer.path, answered)
     from mistral_common.exceptions import MistralCommonException
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
     from pydantic import ValidationError
@@ -130,12 +156,6 @@ def _checked_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
         checked.append(dict(message))
     if not checked:
         raise ValueError("The conversation is empty: give a message of the user's.")
-    last = checked[-1]
-    if last["role"] == "system" or (last["role"] == "assistant" and not last.get("prefix")):
-        raise ValueError(
-            f"The last message must be of the user, got {last['role']!r}. An answer that "
-            'is to be continued has "prefix": True.'
-        )
     return checked
 
 
@@ -149,7 +169,7 @@ def _texts_in(content: Any) -> Iterator[str]:
 
 
 @functools.cache
-def _templates(path: Path):
+def _templates(path: Path, answered: bool):
     try:
         from mistral_common.protocol.instruct import normalize, validator
         from mistral_common.tokens.tokenizers import instruct
@@ -160,8 +180,12 @@ def _templates(path: Path):
         raise ImportError(
             "Chat needs mistral-common: pip install 'mistral_eqx[chat]'."
         ) from error
+    # mistral-common takes a conversation that ends with an answer for one to learn from.
+    mode = (
+        validator.ValidationMode.finetuning if answered else validator.ValidationMode.test
+    )
     if path.suffix == ".json":
-        return MistralTokenizer.from_file(path)
+        return MistralTokenizer.from_file(path, mode=mode)
     # mistral-common goes by the file's name, but most are just called tokenizer.model.
     pieces = SentencePieceTokenizer(path, TokenizerVersion.v1)
     version = next((v for v, mark in _MARKS.items() if pieces.is_special(mark)), "v1")
@@ -169,7 +193,7 @@ def _templates(path: Path):
     template = getattr(instruct, f"InstructTokenizer{version.value.upper()}")
     return MistralTokenizer(
         template(SentencePieceTokenizer(path, version)),
-        validator=validator.get_validator(version, validator.ValidationMode.test),
+        validator=validator.get_validator(version, mode),
         request_normalizer=normalize.get_normalizer(version, None),
     )
 

@@ -22,8 +22,10 @@ def encode_by_template(
     *,
     tools: Sequence[Mapping[str, Any]] = (),
     reasoning_effort: str | None = None,
+    answered: bool = False,
 ) -> list[int]:
-    """The ids of a conversation in the tokenizer's own chat template.
+    """The ids of a conversation in the tokenizer's own chat template, ready for the answer,
+    or if it is `answered` with the answer and its end.
 
     A name of a control token in a message gets a mark behind its first character before
     the template sees it. So it stays text, whatever the template does with the message.
@@ -69,12 +71,13 @@ def encode_by_template(
         for message, role in zip(given["messages"], roles)
     ]
     last = given["messages"][-1]
-    is_begun = last["role"] == "assistant"
+    is_begun = last["role"] == "assistant" and not answered
     if is_begun:
         last.pop("prefix", None)
         begun = _add_to_content(last, f"{end} ")
     try:
-        text = render(source, {**tokenizer.special_names, **given}, prompt=not is_begun)
+        prompt = not (is_begun or answered)
+        text = render(source, {**tokenizer.special_names, **given}, prompt=prompt)
         # As a filter of JSON may write it.
         text = text.replace(json.dumps(mark)[1:-1], mark)
         if is_begun:

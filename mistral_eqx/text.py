@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 
 from . import arguments, beams, scoring
 from .decoding import BLOCK
+from .files.adapters import Adapters
 from .files.checkpoint import load_model
 from .files.folders import read_config
 from .files.hub import local_folder
@@ -26,6 +27,7 @@ TINY_MISTRAL = Path(__file__).parent / "tiny_mistral"
 def load(
     folder: str | os.PathLike | None = None,
     *,
+    adapter: Adapters | None = None,
     dtype: DTypeLike | None = None,
     quantize: str | None = None,
     mesh: Mesh | None = None,
@@ -38,8 +40,9 @@ def load(
         file; or a name on Hugging Face's hub, as "mistralai/Mistral-7B-v0.3", if
         huggingface_hub is installed. Without it, the model that comes with this package,
         which has read Shakespeare and the Bible.
-    - `dtype`, `quantize`, `mesh`: of the weights, in how many bits, and where they go; see
-        [`load_model`][mistral_eqx.load_model].
+    - `adapter`: a LoRA adapter, or several, to merge into the weights.
+    - `dtype`, `quantize`, `mesh`: of the weights, in how many bits, and where they go; for
+        these and `adapter` see [`load_model`][mistral_eqx.load_model].
 
     **Raises:**
 
@@ -54,8 +57,8 @@ def load(
     config = read_config(folder)
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, config.vocab_size)
-    model = load_model(folder, dtype=dtype, quantize=quantize, mesh=mesh)
-    return model, tokenizer
+    options = {"dtype": dtype, "quantize": quantize, "mesh": mesh}
+    return load_model(folder, adapter=adapter, **options), tokenizer
 
 
 @overload

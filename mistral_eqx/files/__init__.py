@@ -19,7 +19,12 @@ model goes out as a folder that other programs read.
 | `folders.py` | which files of a folder hold a model |
 | `vocabulary.py` | the files of tokenizers |
 | `sandbox.py` | chat templates from strangers, rendered and bounded |
+| `names.py` | the arrays of a model under the names of Mistral's files |
 | `checkpoint.py` | a folder: opened, checked, loaded |
+| `adapters.py` | LoRA adapters in Mistral's format and PEFT's: opened, and merged |
+| `adapter_export.py` | the same: written |
+| `adapted.py` | a model whose layers have an adapter: from files, and to files |
+| `heads.py` | models that make labels or vectors |
 | `quantizing.py` | weights that become eight or four bits while they are read |
 | `export.py` | a folder: written, or converted to the other format |
 | `released.py` | the shapes of released models, by name |

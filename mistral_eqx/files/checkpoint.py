@@ -8,7 +8,6 @@ it needs, and each is read straight to where it belongs.
 """
 
 import dataclasses
-import functools
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -16,7 +15,6 @@ from pathlib import Path
 
 import equinox as eqx
 import jax
-import jax.random as jr
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -30,10 +28,12 @@ from ..devices.sharding import shardings as shardings_on
 from ..devices.stages import in_stages
 from ..kernels import dtypes, quantized
 from ..transformer import Transformer
+from .adapters import Adapters, listed, open_adapter, with_adapters
 from .folders import (
     CONFIGS,
     GGUF,
     HUGGINGFACE,
+    check_no_adapter,
     located,
     read_config_as,
     weight_files,
@@ -41,6 +41,7 @@ from .folders import (
 from .gguf import gguf_files, open_gguf
 from .huggingface import from_huggingface, huggingface_name, unstack_experts
 from .llamacpp import from_gguf, gguf_name
+from .names import skeleton, stored_parts, weight_name, weight_shapes
 from .quantizing import quantized_tensors, with_stored_shapes
 from .weights import (
     READABLE,
@@ -110,6 +111,7 @@ class Checkpoint:
             raise ValueError(
                 f"{self.folder} does not fit its {config_file}: {files} "
                 f"{' and '.join(told)} ({len(missing)} missing, {len(extra)} too many)."
+                + (_WITHOUT_OUTPUT if self._has_no_output(missing) else "")
             )
         for name, shape in shapes.items():
             tensor = self.tensors[name]
@@ -132,6 +134,9 @@ class Checkpoint:
                 "left on disk: only the text model is loaded."
             )
 
+    def _has_no_output(self, missing: list[str]) -> bool:
+        return missing == ["output.weight"] or "embed_tokens.weight" in self.tensors
+
     @property
     def dtype(self) -> np.dtype:
         """The type that holds all of the numbers as they are."""
@@ -142,62 +147,49 @@ _LAYER = re.compile(r"^layers\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 # The names of the head, which a model with tied embeddings may or may not store.
 _HEADS = {"lm_head.weight", "output.weight"}
-_STAGED = re.compile(r"layers\.blocks\.(\d+)\.(.*)")
+_WITHOUT_OUTPUT = (
+    " A model without an output makes vectors, with load_embedder, or labels, with "
+    "load_classifier."
+)
 
 
-@functools.lru_cache(maxsize=16)
-def skeleton(config: ModelConfig) -> Transformer:
-    """The model without any numbers: every array is a shape and a dtype."""
-    return eqx.filter_eval_shape(Transformer, config, key=jr.key(0))
-
-
-def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The name and the shape of every weight, as Mistral's files have them."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(skeleton(config))
-    return {
-        name: leaf.shape[len(index) :]
-        for path, leaf in leaves
-        for name, index in stored_parts(weight_name(path), leaf.shape, config).items()
-    }
-
-
-def weight_name(path: tuple) -> str:
-    """The name of a weight in Mistral's files, from its path in the model:
-    `.layers[0].attention.wq.weight` is `layers.0.attention.wq.weight`."""
-    return jax.tree_util.keystr(path, simple=True, separator=".")
-
-
-def stored_parts(
-    name: str, shape: tuple[int, ...], config: ModelConfig
-) -> dict[str, tuple[int, ...]]:
-    """The names in Mistral's files of what is one array in the model, and the index of each
-    in it: itself, or slices, since the model stacks the experts of a layer, and the layers
-    of stages."""
-    parts = {name: ()}
-    if (staged := _STAGED.match(name)) is not None:
-        first, size = int(staged[1]), config.n_layers // shape[0]
-        numbers = [(stage, first + stage * size) for stage in range(shape[0])]
-        parts = {f"layers.{n}.{staged[2]}": (stage,) for stage, n in numbers}
-    if ".experts." in name:
-        parts = {
-            part.replace(".experts.", f".experts.{expert}."): (*index, expert)
-            for part, index in parts.items()
-            for expert in range(config.moe.num_experts)
-        }
-    return parts
-
-
-def open_checkpoint(folder: str | os.PathLike) -> Checkpoint:
-    """Opens a folder in either format, without reading any weights.
+def open_checkpoint(
+    folder: str | os.PathLike, adapter: Adapters | None = None
+) -> Checkpoint:
+    """Opens a folder in either format, without reading any weights. With an adapter, the
+    tensors are those of the merged model.
 
     **Raises:**
 
     `FileNotFoundError` for a missing folder or file, `ValueError` for a damaged one.
     """
-    folder, format = located(arguments.path("folder", folder))
+    checkpoint = _open(arguments.path("folder", folder), alone=adapter is None)
+    if adapter is None:
+        return checkpoint
+    checkpoint.check()
+    config, shapes = checkpoint.config, weight_shapes(checkpoint.config)
+    adapters = [(open_adapter(p, config, shapes), times) for p, times in listed(adapter)]
+    tensors = with_adapters(checkpoint.tensors, adapters)
+    return dataclasses.replace(checkpoint, tensors=tensors)
+
+
+def open_trunk(folder: str | os.PathLike) -> Checkpoint:
+    """A folder of a model whose output is not wanted, or is none. To the model its
+    embeddings are its output then."""
+    return _open(arguments.path("folder", folder), trunk=True)
+
+
+def _open(folder: str, *, alone: bool = True, trunk: bool = False) -> Checkpoint:
+    folder, format = located(folder)
+    if alone:
+        check_no_adapter(folder)
     config = read_config_as(folder, format)
+    if trunk:
+        config = dataclasses.replace(config, tied_embeddings=True)
     if format == GGUF:
         tensors = from_gguf(open_gguf(folder))
+        if trunk:
+            tensors.pop("output.weight", None)
         return Checkpoint(folder, format, config, gguf_files(folder), tensors)
     files, names = weight_files(folder, format)
     tensors = {}
@@ -223,6 +215,8 @@ def open_checkpoint(folder: str | os.PathLike) -> Checkpoint:
         raise ValueError(f"{told} Download the folder again.")
     tensors, vision = text_model(dequantized(tensors))
     if format == HUGGINGFACE:
+        if trunk and "embed_tokens.weight" in tensors:  # a MistralModel alone
+            tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
         tensors = from_huggingface(tensors, config)
     elif config.moe is not None:
         tensors = unstack_experts(tensors, config.moe.num_experts)
@@ -237,6 +231,7 @@ def open_checkpoint(folder: str | os.PathLike) -> Checkpoint:
 def load_model(
     folder: str | os.PathLike,
     *,
+    adapter: Adapters | None = None,
     dtype: DTypeLike | None = None,
     quantize: str | None = None,
     mesh: Mesh | None = None,
@@ -250,6 +245,9 @@ def load_model(
     - `folder`: holds `params.json` and `consolidated.safetensors` (or
         `consolidated.00.pth`, ...), or `config.json` and `model.safetensors` (or several
         with an index, or `pytorch_model.bin`); or the path of a GGUF file.
+    - `adapter`: the folder of a LoRA adapter, in Mistral's format or in PEFT's, to merge
+        into the weights while they are read; or several, or a dict from folders to the
+        weights to add them with: `{"poems": 0.7, "prose": 0.3}`.
     - `dtype`: of the weights. By default they keep the file's, except on a CPU, where
         float32 is exact and is chosen if the model fits in half of the machine's memory
         that way; bfloat16 is up to twice as fast.
@@ -276,8 +274,21 @@ def load_model(
         raise ValueError("Give a mesh or shardings, not both.")
     if quantize is not None:
         quantized.check_scheme(quantize)
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder, adapter)
     checkpoint.check()
+    options = {"dtype": dtype, "quantize": quantize, "mesh": mesh}
+    return load_checkpoint(checkpoint, **options, shardings=shardings)
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint,
+    *,
+    dtype: DTypeLike | None,
+    quantize: str | None,
+    mesh: Mesh | None,
+    shardings: PyTree | None = None,
+) -> Transformer:
+    """As [`load_model`][], from a folder that has been opened and checked."""
     config, tensors = checkpoint.config, checkpoint.tensors
     model = skeleton(config)
     if quantize is not None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import functools
 import json
 import os
 import re
@@ -18,23 +17,22 @@ from tqdm import tqdm
 
 from ..arguments import say_once
 from ..config import ModelConfig
-from ..devices.processes import to_host
-from ..kernels.quantized import is_quantized
 from ..tokenizer import Tokenizer, load_tokenizer
 from ..transformer import Transformer
+from .adapters import Adapters
 from .atomic import whole_file, whole_folder
-from .checkpoint import open_checkpoint, stored_parts, weight_name, weight_shapes
+from .checkpoint import open_checkpoint
 from .config_json import config_to_json
 from .folders import CONFIGS, GGUF, HUGGINGFACE, MISTRAL
 from .gguf import read_metadata
 from .gguf_export import TYPES, GgufFile
 from .gguf_tokenizer import chat_template, tokenizer_file
 from .huggingface import huggingface_name, to_huggingface
+from .names import model_tensors, weight_shapes
 from .params import config_to_params
 from .weights import (
     DTYPES,
     NAMES,
-    Index,
     StoredTensor,
     common_dtype,
     write_safetensors,
@@ -64,6 +62,7 @@ def save(
     dtype: DTypeLike | None = None,
     max_shard_size: int | str = "5GB",
     tokenizer: Any = None,
+    companions: Mapping[str, bytes] | None = None,
     force: bool = False,
 ) -> None:
     """Writes a model as safetensors, with its config, or as a GGUF.
@@ -80,6 +79,7 @@ def save(
     - `max_shard_size`: the most bytes in one file of Hugging Face's format: 5e9 or "5GB".
     - `tokenizer`: a [`Tokenizer`][mistral_eqx.Tokenizer] or the path of its file, to put
         beside the weights.
+    - `companions`: other files to put into the folder, by their names.
     - `force`: whether to replace a folder with a model in it.
 
     **Raises:**
@@ -87,35 +87,21 @@ def save(
     `FileExistsError` if `folder` is there already: nothing is overwritten without `force`.
     `ValueError` for an unknown format or dtype, or a model that the format cannot hold.
     """
-    if is_quantized(model):
-        raise ValueError(
-            "A quantized model cannot be saved: no format has its numbers. Save the "
-            "model that it was made from, and quantize it when it is loaded."
-        )
-    leaves, _ = jax.tree_util.tree_flatten_with_path(model)
-    tensors = {}
-    for path, leaf in leaves:
-        kind = NAMES.get(leaf.dtype, str(leaf.dtype))
-        whole = weight_name(path)
-        # What the model stacks is written one by one.
-        for name, first in stored_parts(whole, leaf.shape, model.config).items():
-            read = functools.partial(_read_array, leaf, first)
-            shape = leaf.shape[len(first) :]
-            tensors[name] = StoredTensor(Path("the model"), name, kind, shape, read)
+    tensors = model_tensors(model)
     if tokenizer is not None and not hasattr(tokenizer, "path"):
         tokenizer = Tokenizer(tokenizer) if format == GGUF else Path(tokenizer)
     path = getattr(tokenizer, "path", tokenizer)
     if format == GGUF:
         _write_gguf(model.config, tensors, Path(folder), dtype, tokenizer, force=force)
         return
-    _write(
+    write_folder(
         model.config,
         tensors,
         Path(folder),
         format=format,
         dtype=dtype,
         max_shard_size=max_shard_size,
-        companions={} if path is None else {path.name: path},
+        companions=({} if path is None else {path.name: path}) | dict(companions or {}),
         force=force,
     )
 
@@ -124,6 +110,7 @@ def convert(
     source: str | os.PathLike,
     target: str | os.PathLike,
     *,
+    adapter: Adapters | None = None,
     format: str | None = None,
     dtype: DTypeLike | None = None,
     max_shard_size: int | str = "5GB",
@@ -135,6 +122,7 @@ def convert(
     **Arguments:**
 
     - `source`: a folder or a GGUF that [`load_model`][] reads.
+    - `adapter`: a LoRA adapter, or several, to merge into the weights, as in `load_model`.
     - `target`, `dtype`, `max_shard_size`, `force`: see [`save`][].
     - `format`: `"mistral"`, `"huggingface"` or `"gguf"`. By default, GGUF if the name of
         `target` ends in `.gguf`, and otherwise Hugging Face's, or Mistral's if `source` is
@@ -144,7 +132,7 @@ def convert(
 
     As `load_model` and `save` do.
     """
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, adapter)
     checkpoint.check()
     target = Path(target)
     if format is None and target.suffix == ".gguf":
@@ -158,7 +146,7 @@ def convert(
         options = {"force": force, "source": checkpoint.folder}
         _write_gguf(checkpoint.config, tensors, target, dtype, tokenizer, **options)
         return
-    _write(
+    write_folder(
         checkpoint.config,
         tensors,
         target,
@@ -228,18 +216,21 @@ def _write_gguf(
             file.write(partial, bar.update)
 
 
-def _write(
+def write_folder(
     config: ModelConfig,
     tensors: dict[str, StoredTensor],
     folder: Path,
     *,
     format: str,
     dtype: DTypeLike | None,
-    max_shard_size: int | str,
     companions: Mapping[str, Path | bytes],
     force: bool,
+    max_shard_size: int | str = "5GB",
     source: Path | None = None,
+    changes: Mapping[str, Any] | None = None,
 ) -> None:
+    """Writes tensors under Mistral's names as a folder in a format. `changes` are what is
+    otherwise in its config; the other arguments are those of [`save`][]."""
     # All checks come before the first byte is written.
     if format not in CONFIGS:
         raise ValueError(f"format must be mistral, huggingface or gguf, got {format!r}.")
@@ -250,7 +241,7 @@ def _write(
     }
     if format == HUGGINGFACE:
         stored = common_dtype(tensors.values()) if dtype is None else dtype
-        content = config_to_json(config, str(stored))
+        content = config_to_json(config, str(stored)) | dict(changes or {})
         shards = _shards(sizes, _bytes(max_shard_size))
         new_names = {name: huggingface_name(name) for name in tensors}
         tensors = to_huggingface(tensors, config.head_dim)
@@ -387,7 +378,3 @@ def _bytes(size: int | str) -> int:
 
 def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
-
-
-def _read_array(leaf: jax.Array, first: tuple[int, ...], index: Index) -> np.ndarray:
-    return to_host(leaf[(*first, *index)])

@@ -102,17 +102,11 @@ def format_of(folder: Path) -> str:
         )
     configs = [f for f in CONFIGS if (folder / CONFIGS[f]).is_file()]
     whole = [f for f in configs if any(_found(folder, pattern) for pattern in _WEIGHTS[f])]
-    adapters = [f for pattern in _ADAPTERS for f in _found(folder, pattern)]
-    if adapters and whole:
-        raise ValueError(
-            f"{folder} holds a LoRA adapter beside the model, {adapters[0].name}, which is "
-            "not implemented: the model without it would write other text. Move the "
-            "adapter away to load the model alone."
-        )
-    if adapters:
+    adapters = adapter_files(folder)
+    if adapters and not whole:
         raise ValueError(
             f"{folder} holds a LoRA adapter, {adapters[0].name}, and no model. Load the "
-            "model that it was trained for."
+            "model that it was trained for, with adapter=... or --adapter."
         )
     if not configs:
         raise FileNotFoundError(
@@ -125,6 +119,22 @@ def format_of(folder: Path) -> str:
             "Mistral's are used."
         )
     return (whole or configs)[0]
+
+
+def adapter_files(folder: Path) -> list[Path]:
+    """The files of a LoRA adapter in a folder."""
+    return [file for pattern in _ADAPTERS for file in _found(folder, pattern)]
+
+
+def check_no_adapter(folder: Path) -> None:
+    """Raises `ValueError` if there is an adapter beside a model, because nobody has said
+    whether to load the model with it or without."""
+    if folder.is_dir() and (adapters := adapter_files(folder)):
+        raise ValueError(
+            f"{folder} holds a LoRA adapter beside the model, {adapters[0].name}: without "
+            "it the model would write other text. Name the folder once more as the adapter "
+            "(adapter=... or --adapter) to merge it, or move it away."
+        )
 
 
 def _found(folder: Path, pattern: str) -> list[Path]:

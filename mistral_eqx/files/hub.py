@@ -9,12 +9,13 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # What goes with the weights in either format.
 _BESIDE = ("*.json", "tokenizer.model*", "*.jinja")
 _MISTRAL, _HUGGINGFACE = "consolidated*.safetensors", "model*.safetensors"
+_ADAPTERS = ("adapter_model.*", "*lora*.safetensors")
 
 
-def local_folder(folder: str | os.PathLike) -> Path:
+def local_folder(folder: str | os.PathLike, *, adapter: bool = False) -> Path:
     """The folder itself; or, if there is none and it is a name like "org/model", where the
-    hub's cache has that model. It is fetched if it is not there, in Mistral's format if the
-    hub has it so.
+    hub's cache has that model, or that adapter. It is fetched if it is not there, in
+    Mistral's format if the hub has it so.
 
     **Raises:**
 
@@ -42,8 +43,8 @@ def local_folder(folder: str | os.PathLike) -> Path:
         has_own = any(Path(file).match(_MISTRAL) for file in files) and (
             "params.json" in files
         )
-        weights = _MISTRAL if has_own else _HUGGINGFACE
-        patterns = [*_BESIDE, weights]
+        weights = [_MISTRAL if has_own else _HUGGINGFACE]
+        patterns = [*_BESIDE, *(_ADAPTERS if adapter else weights)]
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # of the hub's, of HTTP's and of the network's libraries
         raise FileNotFoundError(

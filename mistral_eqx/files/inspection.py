@@ -55,7 +55,7 @@ def inspect_folder(folder: str | os.PathLike) -> dict[str, str]:
         files += f" to {checkpoint.files[-1].name}"
     return {
         "model": ", ".join(names_of(config)) or "not the shape of a released Mistral",
-        "format": f"{checkpoint.format}: {files}, {_bytes(size)}",
+        "format": f"{checkpoint.format}: {files}, {in_units(size)}",
         "shape": f"{config.n_layers} layers of width {config.dim}, {config.n_heads} query "
         f"and {config.n_kv_heads} kv heads of {config.head_dim}, hidden "
         f"{config.hidden_dim}, vocabulary {config.vocab_size}"
@@ -69,8 +69,9 @@ def inspect_folder(folder: str | os.PathLike) -> dict[str, str]:
         "window": _window(config),
         "theta": _theta(config),
         "tokenizer": _tokenizer(checkpoint.folder, config),
-        "memory": f"{_bytes(2 * parameters)} in bfloat16, {_bytes(4 * parameters)} in "
-        f"float32, and {_bytes(cache)} or {_bytes(2 * cache)} for each token in the cache",
+        "memory": f"{in_units(2 * parameters)} in bfloat16, {in_units(4 * parameters)} in "
+        f"float32, and {in_units(cache)} or {in_units(2 * cache)} for each token in the "
+        "cache",
         "agreement": agreement,
     }
 
@@ -139,14 +140,32 @@ def plan(
         "model": f"{', '.join(names_of(config)) or 'a Mistral'}: {parameters:,} parameters",
         "mesh": " x ".join(f"{axis} {size}" for axis, size in mesh.items())
         + f" = {n_devices} device{'s' if n_devices > 1 else ''}",
-        "weights": f"{_bytes(weights_here)} a device, of {_bytes(weights)} in "
+        "weights": f"{in_units(weights_here)} a device, of {in_units(weights)} in "
         f"{quantize or jnp.dtype(dtype).name}",
-        "cache": f"{_bytes(cached_here)} a device, of {_bytes(cached)} for {rows} x "
+        "cache": f"{in_units(cached_here)} a device, of {in_units(cached)} for {rows} x "
         f"{context} tokens",
-        "work": f"about {_bytes(work)} a device, while prompts are read",
-        "together": f"{_bytes(total)} a device",
+        "work": f"about {in_units(work)} a device, while prompts are read",
+        "together": f"{in_units(total)} a device",
         "fits": ", ".join(fits) + " (a tenth left free)",
     }
+
+
+def step_bytes(
+    config: ModelConfig, *, rows: int, seq_len: int, dtype: DTypeLike, recompute: bool
+) -> int:
+    """About how many bytes a training step of `rows` sequences needs beside weights,
+    gradients and moments: what every layer keeps for the gradient, or with `recompute` what
+    goes into each and all of one, and the logits of a part of the tokens."""
+    tokens, itemsize = rows * seq_len, jnp.dtype(dtype).itemsize
+    attended = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
+    kept = tokens * (6 * config.dim + 2 * attended + 4 * config.hidden_dim) * itemsize
+    # Half of all pairs of tokens, as scores and as probabilities.
+    keys = min(seq_len // 2, config.smallest_window or seq_len)
+    kept += tokens * config.n_heads * keys * (4 + itemsize)
+    whole = config.n_layers * kept
+    if recompute:
+        whole = config.n_layers * tokens * config.dim * itemsize + kept
+    return whole + 12 * min(tokens * config.vocab_size, 2**26)
 
 
 def _held(tree: PyTree, places: PyTree) -> tuple[int, int]:
@@ -157,7 +176,8 @@ def _held(tree: PyTree, places: PyTree) -> tuple[int, int]:
     return whole, sum(size * itemsize for size, itemsize in parts)
 
 
-def _bytes(n: int) -> str:
+def in_units(n: int | float) -> str:
+    """A number of bytes, as a person says it."""
     for unit, size in (("GB", 1e9), ("MB", 1e6)):
         if n >= size:
             return f"{n / size:.1f} {unit}"

@@ -18,6 +18,7 @@ _OTHER_NAMES = {
 _WITHOUT_EFFECT = {
     *("max_batch_size", "expert_parallel", "expert_model_parallel", "n_ctx"),
     *("dtype", "torch_dtype", "name", "version", "bos_id", "eos_id", "pad_id"),
+    "lora",  # what the merged weights were trained with
 }
 # The one value of each that this model implements, which newer files spell out.
 _ONLY_VALUES = (

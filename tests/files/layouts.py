@@ -13,8 +13,9 @@ from models import PARAMS
 from mistral_eqx import ModelConfig
 from mistral_eqx.config import Llama4Scaling, MoEConfig, Yarn
 from mistral_eqx.files import checkpoint
-from mistral_eqx.files.checkpoint import open_checkpoint, weight_shapes
+from mistral_eqx.files.checkpoint import open_checkpoint
 from mistral_eqx.files.config_json import config_to_json
+from mistral_eqx.files.names import weight_shapes
 from mistral_eqx.files.params import config_to_params
 
 

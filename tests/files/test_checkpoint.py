@@ -15,7 +15,7 @@ from models import PARAMS, cast, random_model, random_tokens
 
 from mistral_eqx import Transformer, generation, load_model, save
 from mistral_eqx.files import export
-from mistral_eqx.files.checkpoint import weight_name
+from mistral_eqx.files.names import weight_name
 
 
 DTYPES = {"BF16": jnp.bfloat16, "F16": jnp.float16, "F32": jnp.float32}
@@ -175,7 +175,7 @@ FAULTS = {
     "params a list": (replace(PARAMS_FILE, b"[32]"), [PARAMS_FILE, "hold an object"]),
     "params null": (replace(PARAMS_FILE, b"null"), [PARAMS_FILE, "hold an object"]),
     "key missing": (params(head_dim="absent"), [PARAMS_FILE, "lacks head_dim"]),
-    "key unknown": (params(lora={}), [PARAMS_FILE, "has lora", "not implement"]),
+    "key unknown": (params(dora={}), [PARAMS_FILE, "has dora", "not implement"]),
     "window 0": (params(sliding_window=0), [PARAMS_FILE, "sliding_window", "got 0"]),
     "window -1": (params(sliding_window=-1), [PARAMS_FILE, "sliding_window", "got -1"]),
     "window text": (params(sliding_window="x"), [PARAMS_FILE, "sliding_window", "'x'"]),

@@ -199,9 +199,9 @@ BAD = {
         lambda folder: write_raw(folder, multimodal={"whisper_model_args": {}}),
         "params.json has multimodal, which this model does not implement",
     ),
-    "lora in params.json": (
-        lambda folder: write_raw(folder, lora={"rank": 64}),
-        "params.json has lora, which this model does not implement",
+    "dora in params.json": (
+        lambda folder: write_raw(folder, dora={"rank": 64}),
+        "params.json has dora, which this model does not implement",
     ),
     "quantization": (
         lambda folder: write_raw(folder, quantization={"qformat_weight": "int4"}),

@@ -22,10 +22,11 @@ from layouts import (
 from models import random_tokens
 
 from mistral_eqx import convert, load_model
-from mistral_eqx.files.checkpoint import open_checkpoint, weight_shapes
+from mistral_eqx.files.checkpoint import open_checkpoint
 from mistral_eqx.files.config_json import config_from_json
 from mistral_eqx.files.folders import read_config
 from mistral_eqx.files.huggingface import huggingface_name, mistral_name
+from mistral_eqx.files.names import weight_shapes
 from mistral_eqx.files.params import config_to_params
 
 

@@ -7,8 +7,8 @@ from layouts import weights_of, write_raw
 from mistral_eqx import ModelConfig
 from mistral_eqx.config import MoEConfig
 from mistral_eqx.files import weights
-from mistral_eqx.files.checkpoint import weight_shapes
 from mistral_eqx.files.inspection import inspect_folder
+from mistral_eqx.files.names import weight_shapes
 from mistral_eqx.files.released import names_of
 
 

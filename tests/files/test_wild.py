@@ -192,7 +192,7 @@ def test_shards_without_an_index(format, tmp_path):
 def test_adapters_are_refused_by_name(file, config, tmp_path):
     folder = huggingface(tmp_path / "hf")
     (folder / file).write_text("{}")
-    message = f"holds a LoRA adapter beside the model, {file}, which is not implemented"
+    message = f"holds a LoRA adapter beside the model, {file}: without it"
     with pytest.raises(ValueError, match=message):
         load_model(folder)
     (folder / "model.safetensors").unlink()
