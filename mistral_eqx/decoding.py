@@ -101,7 +101,7 @@ def prefill(
     start, written = 0, int(cache.length)
     for size in chunk_sizes(written, length, chunk=chunk, slots=cache.slots):
         piece = shard_rows(jnp.asarray(tokens[:, start : start + size]), model)
-        cache, logits = _prefill_chunk(model, cache, piece)
+        cache, logits = prefill_chunk(model, cache, piece)
         start += size
     return cache, logits
 
@@ -138,7 +138,7 @@ def _make_cache(
 
 # `jax.jit` and not `eqx.filter_jit`, which waits for the result: the host stays ahead.
 @partial(jax.jit, donate_argnums=1)
-def _prefill_chunk(
+def prefill_chunk(
     model: Transformer, cache: Cache, tokens: Int32[Array, "batch chunk"]
 ) -> tuple[Cache, Float32[Array, "batch vocab"]]:
     return forward(model, cache, tokens)

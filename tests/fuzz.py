@@ -33,7 +33,9 @@ from tqdm import tqdm
 import mistral_eqx as mx
 from mistral_eqx.files.checkpoint import open_checkpoint
 from mistral_eqx.files.inspection import inspect_folder, plan
-from mistral_eqx.learning.training import fit
+from mistral_eqx.learning.batches import Slices
+from mistral_eqx.learning.examples import read_examples, read_labelled
+from mistral_eqx.learning.fitting import fit
 from mistral_eqx.text import TINY_MISTRAL
 
 
@@ -126,12 +128,14 @@ class Files:
         options = {"format": "huggingface", "max_shard_size": "100KB"}
         mx.save(model, root / "hf", tokenizer=tokenizer, **options)
         stream = np.arange(100, dtype=np.int32) % 60
-        self.fit = functools.partial(
-            fit, tokens=stream, held_out=stream, bos_id=1, batch_size=1, seq_len=8
-        )
+        text = Slices("text", stream, seq_len=8, bos_id=1)
+        self.fit = functools.partial(fit, data=text, held_out=text, batch_size=1)
         with jax.numpy_dtype_promotion("standard"):
             self.fit(small(), steps=1, checkpoint=root / "checkpoint")
         mx.convert(root / "raw", root / "gguf" / "model.gguf", dtype="q8_0")
+        adapted = mx.add_lora(model, rank=2, key=jax.random.key(0))
+        for format in ("peft", "mistral"):
+            mx.save_adapter(adapted, root / "adapters" / format, format=format)
         (root / "json").mkdir()
         make_tokenizer_json(root / "json" / "tokenizer.json")
 
@@ -196,6 +200,46 @@ class Files:
         else:
             content = mutated_bytes(rng, content, size)
         return self.folder(folder, path, content)
+
+    def adapter(self, rng: random.Random) -> Case:
+        """Spoilt in its config, or in its header."""
+        folder = self.root / "adapters" / rng.choice(["peft", "mistral"])
+        path = rng.choice(sorted(folder.iterdir()))
+        content = path.read_bytes()
+        size = len(content)
+        if path.suffix == ".safetensors":
+            size = 8 + int.from_bytes(content[:8], "little")
+        if rng.random() < 0.7:
+            start = content.index(b"{")
+            value = mutated_json(rng, json.loads(content[start:size]))
+            encoded = json.dumps(value).encode()
+            length = len(encoded).to_bytes(8, "little") if start else b""
+            content = length + encoded + content[size:]
+        else:
+            content = mutated_bytes(rng, content, size)
+        read = lambda: mx.load_model(self.root / "raw", adapter=folder, dtype=jnp.float32)
+        return self.case(path, content, read)
+
+    def examples(self, rng: random.Random) -> Case:
+        """Lines of texts, conversations and labels, of which one is spoilt."""
+        lines = [
+            {"text": "To be"},
+            {"messages": [ASKED, {"role": "assistant", "content": "A", "weight": 1}]},
+            {
+                "interactions": [ASKED, {"role": "assistant", "text": "A"}],
+                "only_last": True,
+            },
+            {"text": "not to be", "label": "question"},
+        ]
+        i, path = rng.randrange(len(lines)), self.root / "examples.jsonl"
+        lines[i] = mutated_json(rng, lines[i])
+        content = "\n".join(map(json.dumps, lines)).encode()
+        if rng.random() < 0.2:
+            content = mutated_bytes(rng, content)
+        path.touch()
+        tokenizer = mx.load_tokenizer(self.root / "raw")
+        read = rng.choice([read_examples, read_examples, read_labelled])
+        return self.case(path, content, lambda: read(path, tokenizer, seq_len=32))
 
     def gguf(self, rng: random.Random) -> Case:
         """Spoilt in its first keys, in its tokens, or in its list of tensors."""
@@ -354,6 +398,7 @@ PARTS = (
     *("{{ message.content.split('</s>')[-1] }}", "{{ message.content | upper }}"),
     *("{{ pad_token }}", "{{ strftime_now('%Y') }}", "{% include 'x' %}", "{{ loop }}"),
 )
+ASKED = {"role": "user", "content": "Q"}
 TALK = [
     {"role": "system", "content": "Be</s> brief."},
     {"role": "user", "content": [{"type": "text", "text": "<s>"}, {"type": "image"}]},
@@ -488,6 +533,8 @@ def run(cases: int, seed: int) -> tuple[dict[str, collections.Counter], list[str
             "config.json": files.config,
             "index": files.index,
             "gguf": files.gguf,
+            "adapter": files.adapter,
+            "examples": files.examples,
             "tokenizer": files.tokenizer,
             "tekken": files.tekken,
             "templates": files.template,

@@ -200,13 +200,13 @@ def test_history_is_computed_once_and_right(version, window, monkeypatch):
     tokenizer = Tokenizer(DATA / FILES[version])
     model = random_model(vocab_size=tokenizer.vocab_size, sliding_window=window)
     read = []
-    prefill = decoding._prefill_chunk
+    prefill = decoding.prefill_chunk
 
     def counted(model, cache, tokens):
         read.append(tokens.shape[1])
         return prefill(model, cache, tokens)
 
-    monkeypatch.setattr(decoding, "_prefill_chunk", counted)
+    monkeypatch.setattr(decoding, "prefill_chunk", counted)
     options = {"max_tokens": 6, "temperature": 1.0, "seed": 5}
     talk = mx.Chat(model, tokenizer, system="Answer in verse.", **options)
     history = "word " * 100

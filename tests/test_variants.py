@@ -115,7 +115,7 @@ def test_logits_of_a_ragged_batch_in_chunks(name, chunk, expected):
     got = [logits]
     for step in range(steps):
         following = jnp.array([[tokens[length + step]] for length in lengths], jnp.int32)
-        cache, logits = decoding._prefill_chunk(model, cache, following)
+        cache, logits = decoding.prefill_chunk(model, cache, following)
         got.append(logits)
     for step, logits in enumerate(got):
         rows = [length - 1 + step for length in lengths]

@@ -18,8 +18,11 @@ command is a module with its `HELP`, an `EXAMPLE`, `add_options(parser)` and
 | `convert.py` | a model in the other format, or in another dtype |
 | `inspect.py` | what is in a folder |
 | `plan.py` | what a model needs of every device |
+| `compiling.py` | the programs that `plan` compiles for chips that are not here |
 | `bench.py` | how fast a model runs here |
 | `measure.py` | the measurements that `bench` prints |
 | `train.py` | trains a model |
+| `finetune.py` | trains a model further: an adapter, or all of it |
+| `merge.py` | a model with adapters merged into it |
 | `train_tokenizer.py` | trains a tokenizer |
 """

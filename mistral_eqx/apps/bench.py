@@ -14,6 +14,8 @@ from ..kernels.quantized import quantize
 from ..text import TINY_MISTRAL
 from .measure import bench, check_options, random_model, table
 from .options import (
+    adapter_of,
+    add_adapter,
     add_devices,
     add_dtype,
     add_model,
@@ -31,6 +33,7 @@ EXAMPLE = "bench --shape 1b --dtype bfloat16 --batch 8"
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = adder(parser)
     add_model(parser)
+    add_adapter(parser)
     add(
         "--shape",
         choices=list(RELEASED),
@@ -70,7 +73,7 @@ def run(options: argparse.Namespace) -> None:
         model = model if mesh is None else shard(model, mesh)
     else:
         how = {"dtype": options.dtype, "quantize": options.quantize, "mesh": mesh}
-        model = load_model(folder_of(options), **how)
+        model = load_model(folder_of(options), adapter=adapter_of(options), **how)
     jax.block_until_ready(model)
     source = "load" if options.shape is None else "random weights"
     report = {

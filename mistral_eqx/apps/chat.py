@@ -5,6 +5,7 @@ import sys
 
 from ..chat import Chat
 from .options import (
+    add_adapter,
     add_devices,
     add_model,
     add_quantize,
@@ -22,6 +23,7 @@ EXAMPLE = 'chat --model mistral-7B-Instruct-v0.3 --system "Answer briefly."'
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
+    add_adapter(parser)
     adder(parser)("--system", metavar="TEXT", help="what to tell the model first")
     parser.add_argument(
         "--show-reasoning",

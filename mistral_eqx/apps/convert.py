@@ -1,7 +1,8 @@
-"""A model in another format, or in another dtype."""
+"""A model or an adapter in another format, or in another dtype."""
 
 import argparse
 
+from ..files.adapted import convert_adapter
 from ..files.export import convert
 from ..files.gguf_export import TYPES
 from .options import add_dtype, adder
@@ -17,7 +18,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="DST", help="the folder to make, or a GGUF")
     add(
         "--to",
-        choices=["mistral", "huggingface", "gguf"],
+        choices=["mistral", "huggingface", "gguf", "peft"],
         help="the format to write; without it that of DST's name, or the one that SRC is "
         "not in",
     )
@@ -29,12 +30,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="the most bytes in a file of Hugging Face's format; Mistral's is one file",
     )
+    add(
+        "--model",
+        metavar="FOLDER",
+        help="if SRC is a LoRA adapter: the model that it is for",
+    )
     add("--force", action="store_true", help="replace a model that is in DST")
 
 
 def run(options: argparse.Namespace) -> None:
     if options.type is not None and options.dtype is not None:
         raise ValueError("Give --type for a GGUF or --dtype for a folder, not both.")
+    if options.model is not None:
+        names = {"format": options.to, "dtype": options.dtype}
+        convert_adapter(options.source, options.target, model=options.model, **names)
+        return
     is_gguf = options.to == "gguf" or options.target.endswith(".gguf")
     if options.type is not None and not is_gguf:
         raise ValueError("--type is of a GGUF: say --to gguf, or give --dtype.")

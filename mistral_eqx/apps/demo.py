@@ -4,6 +4,7 @@ import argparse
 
 from ..text import generate
 from .options import (
+    add_adapter,
     add_devices,
     add_max_tokens,
     add_model,
@@ -21,6 +22,7 @@ EXAMPLE = "demo --max-tokens 35"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add_model(parser, positional=True)
+    add_adapter(parser)
     add_max_tokens(parser, 35)
     add_temperature(parser, 0.0)
     add_quantize(parser)

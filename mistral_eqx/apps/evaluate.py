@@ -4,8 +4,14 @@ import argparse
 import math
 
 from ..scoring import divergence
-from ..text import load, score
-from .options import add_devices, add_model, add_quantize, folder_of, load_both, mesh_of
+from ..text import score
+from .options import (
+    add_adapter,
+    add_devices,
+    add_model,
+    add_quantize,
+    load_both,
+)
 from .terminal import read_text, split_held_out
 
 
@@ -16,6 +22,7 @@ EXAMPLE = "evaluate --held-out mistral_eqx/tiny_mistral/corpus/shakespeare.txt.x
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="a text, plain or .xz")
     add_model(parser)
+    add_adapter(parser)
     parser.add_argument(
         "--held-out",
         action="store_true",
@@ -39,7 +46,7 @@ def run(options: argparse.Namespace) -> None:
     print(f"nats per token  {nats / len(scored.tokens):.4f}")
     print(f"bits per byte   {nats / math.log(2) / size:.4f}")
     if options.quantize is not None:
-        exact, _ = load(folder_of(options), mesh=mesh_of(options))
+        exact, _ = load_both(options, quantize=None)
         before = -math.fsum(score(exact, tokenizer, text).logprobs)
         apart = divergence(exact, model, tokenizer.encode(text))
         print(f"not quantized   {before / math.log(2) / size:.4f} bits per byte")

@@ -7,6 +7,7 @@ import sys
 
 from ..text import beam_search, generate, stream
 from .options import (
+    add_adapter,
     add_devices,
     add_model,
     add_quantize,
@@ -27,6 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the text to continue")
     add("--file", metavar="FILE", help="read the text from this file")
     add_model(parser)
+    add_adapter(parser)
     add_sampling(parser, max_tokens=128)
     add("--n", type=int, default=1, metavar="N", help="how many texts to write")
     add(

@@ -21,9 +21,11 @@ from . import (
     convert,
     demo,
     evaluate,
+    finetune,
     generate,
     inspect,
     interactive,
+    merge,
     plan,
     score,
     train,
@@ -44,6 +46,8 @@ COMMANDS = {
     "plan": plan,
     "bench": bench,
     "train": train,
+    "finetune": finetune,
+    "merge": merge,
     "train-tokenizer": train_tokenizer,
 }
 

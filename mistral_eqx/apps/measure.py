@@ -24,7 +24,7 @@ from ..cache import Cache
 from ..config import ModelConfig
 from ..decoding import BLOCK, DecodeState, decode, make_cache, prefill
 from ..devices.sharding import replicate, shard_rows
-from ..files.checkpoint import weight_name, weight_shapes
+from ..files.names import weight_name, weight_shapes
 from ..kernels import dtypes
 from ..prompts import default_chunk, next_power_of_two
 from ..transformer import Transformer

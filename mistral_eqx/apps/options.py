@@ -47,7 +47,16 @@ def add_model(parser: argparse.ArgumentParser, *, positional: bool = False) -> N
     )
 
 
-def add_quantize(parser: argparse.ArgumentParser) -> None:
+def add_adapter(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        metavar="FOLDER[=WEIGHT]",
+        help="a LoRA adapter to merge into the weights; may be given several times",
+    )
+
+
+def add_quantize(parser: argparse.ArgumentParser | Any) -> None:
     parser.add_argument(
         "--quantize",
         choices=SCHEMES,
@@ -134,7 +143,7 @@ def add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
     )
 
 
-def add_dtype(parser: argparse.ArgumentParser, help: str, **options: Any) -> None:
+def add_dtype(parser: argparse.ArgumentParser | Any, help: str, **options: Any) -> None:
     adder(parser)("--dtype", choices=DTYPES, help=help, **options)
 
 
@@ -158,10 +167,30 @@ def folder_of(options: argparse.Namespace) -> str | Path:
     return TINY_MISTRAL if options.model is None else options.model
 
 
-def load_both(options: argparse.Namespace) -> tuple[Transformer, Tokenizer]:
-    """The model and its tokenizer, on the mesh that was asked for."""
-    quantize = getattr(options, "quantize", None)
-    return load(folder_of(options), quantize=quantize, mesh=mesh_of(options))
+def load_both(options: argparse.Namespace, **changes: Any) -> tuple[Transformer, Tokenizer]:
+    """The model and its tokenizer, on the mesh that was asked for. `changes` are other
+    arguments of [`load`][mistral_eqx.load]."""
+    asked = {name: getattr(options, name, None) for name in ("quantize", "dtype")}
+    asked |= {"adapter": adapter_of(options), "mesh": mesh_of(options)}
+    return load(folder_of(options), **asked | changes)
+
+
+def adapter_of(options: argparse.Namespace) -> dict[str, float] | None:
+    """The adapters that were asked for, and their weights."""
+    given = getattr(options, "adapter", None)
+    if given is None:
+        return None
+    if isinstance(given, str):
+        return {given: 1.0}
+    found = {}
+    for text in given:
+        path, equals, weight = text.rpartition("=")
+        try:
+            pair = (path, float(weight)) if equals else (text, 1.0)
+        except ValueError:  # a folder may have that character in its name
+            pair = (text, 1.0)
+        found[pair[0]] = found.get(pair[0], 0.0) + pair[1]
+    return found
 
 
 def mesh_of(options: argparse.Namespace) -> Mesh | None:

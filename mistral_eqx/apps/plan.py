@@ -1,14 +1,18 @@
-"""What a model needs of every device."""
+"""What a model needs of every device: reckoned, or compiled for chips that are not here."""
 
 import argparse
 
+from ..config import ModelConfig
+from ..devices.chips import CHIPS
 from ..devices.mesh import parse_mesh
 from ..files.folders import read_config
-from ..files.inspection import plan
+from ..files.inspection import in_units, plan
 from ..files.released import RELEASED
+from .compiling import bound, compile_programs
 from .options import add_dtype, add_model, add_quantize, adder, folder_of
 
 
+_SINGLE = [name for name, chip in CHIPS.items() if chip.platform != "tpu"]
 HELP = (
     "say what a model needs of every device; a folder with its params.json or config.json "
     "is enough"
@@ -40,6 +44,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add_dtype(parser, "the dtype of weights and cache", default="bfloat16")
     add_quantize(parser)
+    add(
+        "--compile",
+        metavar="CHIP",
+        help="compile the real programs for this chip, which need not be there, and say "
+        f"what they need: a slice such as v5e:2x4, or one of {', '.join(_SINGLE)}",
+    )
+    add("--train", action="store_true", help="compile the training step too")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -59,3 +70,40 @@ def run(options: argparse.Namespace) -> None:
     )
     for name, value in told.items():
         print(f"{name:<12}{value}")
+    if options.compile is not None:
+        _tell_compiled(options, config)
+
+
+def _tell_compiled(options: argparse.Namespace, config: ModelConfig) -> None:
+    programs = compile_programs(
+        config,
+        parse_mesh(options.mesh),
+        options.compile,
+        batch=options.batch,
+        context=options.context,
+        dtype=options.dtype,
+        quantize=options.quantize,
+        train=options.train,
+    )
+    for name, program in programs:
+        print(f"\n{name}, compiled for {options.compile} in {program.seconds:.0f} s")
+        print(
+            f"  memory      {in_units(program.arguments)} come in, "
+            f"{in_units(program.temporaries)} are made on the way, and "
+            f"{in_units(program.aliased)} are changed in place, on each device"
+        )
+        found = (f"{n} {kind}" for kind, n in sorted(program.collectives.items()))
+        print(f"  collectives {', '.join(found) or 'none'}")
+        if program.copies is not None:
+            print(
+                f"  copies      {'; '.join(program.copies) or 'of no weight and no ring'}"
+            )
+        if program.accessed:
+            print(f"  accesses    {in_units(program.accessed)}, as the compiler counts")
+        if name.startswith("decode"):
+            most = bound(program, options.compile, options.batch)
+            if most is not None:
+                print(
+                    f"  bound       {most:,.0f} tokens a second, if all that comes in is "
+                    "read once"
+                )

@@ -4,7 +4,7 @@ import argparse
 import json
 
 from ..text import score
-from .options import add_devices, add_model, add_quantize, load_both
+from .options import add_adapter, add_devices, add_model, add_quantize, load_both
 from .terminal import read_text
 
 
@@ -20,6 +20,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "files", nargs="+", metavar="FILE", help="texts, plain or .xz; - for the piped one"
     )
     add_model(parser)
+    add_adapter(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     add_quantize(parser)
     add_devices(parser)

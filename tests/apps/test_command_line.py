@@ -309,8 +309,8 @@ def test_errors(folder, text, params, tmp_path, capsys):
     assert "tokenizer with 300 ids cannot be learnt" in line
     options += ["--tokenizer", tokenizer]
     line = fails(capsys, "train", trained, *options, "--corpus", tmp_path / "short")
-    assert "fewer than one sequence of 256" in line
-    options += ["--corpus", text]
+    assert "tokens, fewer than one sequence of 256: give more of it" in line
+    options += ["--corpus", text, "--seq-len", 16]
     for name in ("batch_size", "seq_len"):
         option = "--" + name.replace("_", "-")
         line = fails(capsys, "train", trained, *options, f"{option}=0")

@@ -18,7 +18,7 @@ import mistral_eqx as mx
 from mistral_eqx.apps import measure as bench
 from mistral_eqx.apps.main import main
 from mistral_eqx.attention import visible
-from mistral_eqx.files.checkpoint import weight_shapes
+from mistral_eqx.files.names import weight_shapes
 from mistral_eqx.files.params import config_from_params
 
 

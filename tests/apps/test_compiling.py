@@ -1,0 +1,195 @@
+"""Programs compiled for chips that need not be here, and what is told of them. Mistakes are
+planted, and each shows."""
+
+import importlib.util
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import PARAMS, trains
+
+import mistral_eqx as mx
+from mistral_eqx import cache, decoding, layers
+from mistral_eqx.apps import compiling
+from mistral_eqx.apps.compiling import bound, compile_programs
+from mistral_eqx.apps.main import main
+from mistral_eqx.config import MoEConfig
+from mistral_eqx.devices import sharding
+from mistral_eqx.devices.chips import CHIPS, described_devices
+from mistral_eqx.files.inspection import plan
+
+
+# Large enough for its arrays to be told from others.
+CONFIG = mx.ModelConfig(
+    **PARAMS
+    | {"dim": 64, "head_dim": 16, "hidden_dim": 160, "vocab_size": 2048, "n_kv_heads": 4}
+    | {"sliding_window": None}
+)
+MESH = {"model": 2}
+
+
+@pytest.fixture(autouse=True)
+def small_arrays_count(monkeypatch):
+    monkeypatch.setattr(compiling, "_LARGE", 2000)
+
+
+def compiled(config=CONFIG, mesh=MESH, **options):
+    jax.clear_caches()  # a planted mistake must not meet a program from before
+    options = {"context": 1024, "dtype": jnp.float32} | options
+    programs = dict(compile_programs(config, mesh, "cpu", **options))
+    prefill, decode = list(programs.values())[:2]
+    return prefill, decode, *list(programs.values())[2:]
+
+
+@pytest.fixture(scope="module")
+def sound():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiling, "_LARGE", 2000)
+        return compiled()
+
+
+def test_what_is_told_is_what_plan_reckons(sound):
+    _, decode = sound
+    told = plan(CONFIG, MESH, context=1024, dtype=jnp.float32)
+    kilobytes = lambda text: float(re.match(r"([\d.]+) kB", text)[1]) * 1e3
+    weights, cached = kilobytes(told["weights"]), kilobytes(told["cache"])
+    # The state of a row has some numbers too: its logits, and which ids it has.
+    rest = 2048 * 5 + 300
+    assert weights + cached <= 1.02 * decode.arguments
+    assert decode.arguments <= 1.02 * (weights + cached + rest)
+    assert cached <= 1.02 * decode.aliased
+
+
+def test_two_sums_a_block_and_the_cache_in_place(sound):
+    for program in sound:
+        # Two in each of two blocks, one for the embeddings; and the logits are gathered.
+        assert program.collectives["all-reduce"] == 5
+        assert program.collectives.get("all-gather", 0) <= 1
+    assert not any("all-gather" in copy for program in sound for copy in program.copies)
+
+
+def test_a_spec_swapped(sound, monkeypatch):
+    monkeypatch.setitem(sharding._WEIGHTS, "wo.weight", (sharding.MODEL, "fsdp"))
+    for program, before in zip(compiled(), sound):
+        assert program.collectives != before.collectives
+
+
+def test_a_cache_that_is_not_donated(sound, monkeypatch):
+    monkeypatch.setattr(compiling, "decode", jax.jit(decoding.decode.__wrapped__))
+    _, decode = compiled()
+    assert decode.aliased == 0 < sound[1].aliased
+
+
+def test_a_weight_made_anew_ahead_of_the_loop(sound, monkeypatch):
+    """As where it is converted: on a CPU, unlike on other chips, bfloat16 always is."""
+    scaled = lambda self, x: layers.product(x, 1.5 * self.weight)
+    monkeypatch.setattr(layers.Linear, "__call__", scaled)
+    _, decode = compiled()
+    # Seven in each of two layers, and the output.
+    assert len(decode.copies) >= len(sound[1].copies) + 15
+    assert decode.temporaries > sound[1].temporaries
+
+
+def test_a_cache_that_is_gathered(sound, monkeypatch):
+    monkeypatch.setattr(decoding, "shard_cache", sharding.replicate)
+    prefill, _ = compiled()
+    assert prefill.collectives.get("all-gather", 0) >= 4  # keys and values of two layers
+    assert any("all-gather" in copy for copy in prefill.copies)
+
+
+def test_a_ring_that_is_shifted(sound, monkeypatch):
+    def shifted(self, keys, values, length):
+        def shift(ring, chunk):
+            chunk = jnp.swapaxes(chunk, 0, 1).astype(ring.dtype)
+            return jnp.concatenate([ring[:, chunk.shape[1] :], chunk], axis=1)
+
+        return cache.LayerCache(shift(self.keys, keys), shift(self.values, values))
+
+    monkeypatch.setattr(cache.LayerCache, "write", shifted)
+    for program, before in zip(compiled(), sound):
+        joined = [copy for copy in program.copies if "concatenate" in copy]
+        assert len(joined) >= 4  # keys and values of two layers
+        assert not any("concatenate" in copy for copy in before.copies)
+
+
+@trains
+@pytest.mark.parametrize("mesh", [{"model": 1}, {"data": 2, "fsdp": 2}, {"pipe": 2}])
+def test_other_meshes(mesh):
+    programs = compiled(mesh=mesh, batch=4, train=True)
+    assert len(programs) == 3
+    assert all(program.arguments > 0 for program in programs)
+    if mesh == {"model": 1}:
+        assert all(program.collectives == {} for program in programs)
+    if "fsdp" in mesh:  # the weights are gathered, and gradients summed
+        assert programs[2].collectives["all-gather"] > 0
+    # A training step changes the weights and both moments in place.
+    weights = sum(leaf.size for leaf in jax.tree.leaves(mx.Transformer(CONFIG, key=KEY)))
+    n = int(np.prod([size for axis, size in mesh.items() if axis != "data"]))
+    assert programs[2].aliased >= 0.9 * 3 * 4 * weights / n
+
+
+KEY = jax.random.key(0)
+
+
+def test_a_mixtral_in_eight_bits():
+    config = mx.ModelConfig(**vars(CONFIG) | {"moe": MoEConfig(4, 2)})
+    prefill, _ = compiled(config, {"expert": 2}, quantize="int8")
+    wide, _ = compiled(config, {"expert": 2})
+    assert prefill.arguments < 0.75 * wide.arguments
+
+
+def test_from_the_command_line(capsys):
+    options = ["--shape", "tiny-mistral", "--context", "64", "--mesh", "model=2"]
+    assert main(["plan", *options, "--compile", "cpu"]) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"decode, a step, compiled for cpu in \d+ s\n  memory ", told)
+    assert "13 all-reduce" in told and "are changed in place" in told
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["--compile", "v4:2x2"], "no chip 'v4': it is one of v5e, v5p"),
+        (["--compile", "v5e"], "Give the shape of a slice, as in v5e:2x4, got 'v5e'"),
+        (["--compile", "h100:2"], "only a TPU comes in slices. Say h100"),
+        (["--compile", "cpu", "--mesh", "model=16"], "The mesh has 16 devices, and cpu"),
+    ],
+)
+def test_errors(words, told, capsys):
+    assert main(["plan", "--shape", "mistral-7b-v0.1", *words]) == 2
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1
+
+
+def test_without_a_compiler(monkeypatch):
+    def missing(**_):
+        raise RuntimeError("no plugin\nof that name")
+
+    monkeypatch.setattr(compiling, "described_devices", described_devices)
+    monkeypatch.setattr(jax.experimental.topologies, "get_topology_desc", missing)
+    for name, extra in (("v5e:2x4", "tpu-compiler"), ("h100", "cuda-compiler")):
+        with pytest.raises(ImportError, match=rf"\(no plugin\).*\[{extra}\]"):
+            described_devices(name)
+
+
+def test_bound():
+    program = compiling.Program(1.0, 819_000_000, 1, 1, {}, (), 1e9)
+    assert bound(program, "v5e:2x4", 3) == pytest.approx(3000)
+    assert bound(program, "cpu", 3) is None
+    assert all(chip.bandwidth > 8e11 for name, chip in CHIPS.items() if name != "cpu")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_for_a_tpu():
+    config = mx.ModelConfig(
+        **PARAMS | {"dim": 256, "head_dim": 128, "hidden_dim": 512, "sliding_window": None}
+    )
+    options = {"context": 512, "dtype": jnp.bfloat16}
+    programs = dict(compile_programs(config, {"model": 2}, "v5e:2x2", **options))
+    for program in programs.values():
+        assert program.collectives["all-reduce"] >= 4
+        assert program.copies == () and program.accessed > 0
+        # Two layers' keys and values of two kv heads.
+        assert program.aliased >= 2 * 2 * 512 * 128 * 2
