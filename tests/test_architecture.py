@@ -21,6 +21,13 @@ FLOORS = {
     "files.wrappers": 1,
     "files.atomic": 0,
     "files.quantizing": 6,
+    "files.adapters": 5,
+    "files.adapter_export": 6,
+    "files.names": 8,
+    "files.adapted": 10,
+    "files.heads": 11,
+    "heads.classifier": 5,
+    "heads.texts": 9,
     "devices.processes": 0,
     "rope": 1,
     "cache": 1,
@@ -41,21 +48,27 @@ FLOORS = {
     "transformer": 4,
     "devices.stages": 5,
     "devices.sharding": 6,
+    "devices.chips": 0,
+    "devices.programs": 0,
     "kernels.cpu": 4,
     "kernels.quantized": 5,
-    "kernels.experts": 6,
-    "devices.experts": 7,
-    "files.checkpoint": 7,
+    "kernels.experts": 8,
+    "devices.experts": 9,
+    "files.checkpoint": 9,
     "prompts": 2,
     "decoding": 7,
     "scoring": 8,
     "learning.checkpoints": 7,
+    "learning.batches": 0,
+    "learning.lora": 7,
     "learning.training": 8,
+    "learning.fitting": 9,
+    "learning.examples": 13,
     "generation": 9,
-    "files.export": 9,
+    "files.export": 10,
     "tokenizer": 8,
     "beams": 8,
-    "files.inspection": 9,
+    "files.inspection": 10,
     "writer": 10,
     "text": 11,
     "files.sandbox": 0,
@@ -63,13 +76,15 @@ FLOORS = {
     "chat": 12,
     "apps.terminal": 1,
     "apps.measure": 9,
+    "apps.compiling": 10,
     "apps.options": 13,
     "apps.main": 15,
     "__main__": 16,
 }
-COMMANDS = "demo interactive generate chat score evaluate convert inspect plan bench train"
+COMMANDS = "demo interactive generate chat score evaluate convert inspect plan bench "
+COMMANDS += "train finetune merge"
 FLOORS |= {f"apps.{name}": 14 for name in [*COMMANDS.split(), "train_tokenizer"]}
-WINGS = ("kernels", "devices", "files", "learning", "apps")
+WINGS = ("kernels", "devices", "files", "learning", "heads", "apps")
 FILES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
     for path in PACKAGE.rglob("*.py")

@@ -74,7 +74,7 @@ def test_missing_key_is_named(name):
         config_from_params(params)
 
 
-@pytest.mark.parametrize("name", ["lora", "quantization", "multimodal"])
+@pytest.mark.parametrize("name", ["adapter", "quantization", "multimodal"])
 def test_unknown_key_is_named(name):
     with pytest.raises(ValueError, match=f"params.json has {name}, .* not implement"):
         config_from_params(PARAMS | {name: {}})

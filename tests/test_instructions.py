@@ -74,6 +74,24 @@ def adapter(folder):
     (folder / "adapter_config.json").write_text("{}")
 
 
+def adapter_for(config, folder):
+    model = mx.Transformer(config, key=jax.random.key(0))
+    target = folder.parent / "adapters" / folder.name
+    mx.save_adapter(mx.add_lora(model, key=jax.random.key(0)), target)
+    return target
+
+
+def other_adapter(folder):
+    return adapter_for(mx.RELEASED["tiny-mistral"], folder)
+
+
+def dora(folder):
+    adapter = adapter_for(mx.load_model(folder).config, folder)
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": True}))
+    return adapter
+
+
 def no_tokenizer(folder):
     (folder / "tokenizer.model").unlink()
 
@@ -114,6 +132,8 @@ FAULTS = [
     other_architecture,
     several,
     adapter,
+    other_adapter,
+    dora,
     no_tokenizer,
     without_weights,
     cut,
@@ -131,9 +151,9 @@ def test_every_fault_is_in_the_table(folder, tmp_path):
     found = []
     for i, fault in enumerate(FAULTS):
         copy = shutil.copytree(folder, tmp_path / f"copy{i}")
-        fault(copy)
+        adapter_of = fault(copy)
         with pytest.raises((ValueError, FileNotFoundError)) as error:
-            _, tokenizer = mx.load(copy)
+            _, tokenizer = mx.load(copy, adapter=adapter_of)
             mx.encode_chat(tokenizer, [{"role": "user", "content": "Hello"}])
         matching = [p for p in told_errors() if re.search(p, str(error.value))]
         assert len(matching) == 1, (fault.__name__, str(error.value), matching)

@@ -24,7 +24,7 @@ from mistral_eqx import decoding, generation, load
 from mistral_eqx.apps.options import CORPUS
 from mistral_eqx.apps.terminal import read_text, split_held_out
 from mistral_eqx.config import MoEConfig
-from mistral_eqx.files.checkpoint import weight_name
+from mistral_eqx.files.names import weight_name
 from mistral_eqx.files.params import config_to_params
 from mistral_eqx.kernels.replaced import plain
 from mistral_eqx.text import TINY_MISTRAL
