@@ -27,7 +27,7 @@ from ..files.heads import (
     load_embedder,
     save_classifier,
 )
-from ..files.inspection import step_bytes
+from ..files.inspection import in_units, step_bytes
 from ..heads.classifier import Classifier
 from ..learning.batches import LabelledRows, Packed, Slices
 from ..learning.examples import has_labels, read_examples, read_labelled, split
@@ -360,10 +360,9 @@ def _tell(model: eqx.Module, data: Any, steps: int, options: argparse.Namespace)
     for name, told in {
         "trains": f"{n:,} parameters of {n_all:,} ({100 * n / n_all:.2f}%), {what}",
         "data": data.told,
-        "steps": f"{steps:,} of {options.batch_size} x {data.seq_len} tokens: "
-        f"{tokens / 1e6:.1f} million",
-        "memory": f"{weights / 1e9:.2f} GB of weights, {copies / 1e9:.2f} GB of gradients "
-        f"and moments, and about {work / 1e9:.2f} GB for a step, on each device",
+        "steps": f"{steps:,} of {options.batch_size} x {data.seq_len} tokens: {tokens:,}",
+        "memory": f"{in_units(weights)} of weights, {in_units(copies)} of gradients and "
+        f"moments, and about {in_units(work)} for a step, on each device",
     }.items():
         print(f"{name:<12}{told}", file=sys.stderr)
 

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from ..config import ModelConfig
@@ -42,8 +44,6 @@ def write_adapter(
     - `companions`: other files to put into the folder.
     """
     check_format(format)
-    if folder.exists():
-        raise FileExistsError(f"{folder} is there already. Move it, or choose another.")
     if format == PEFT:
         file, config_file = ADAPTER_MODEL, PEFT_CONFIG
         content = _peft_config(layers, config, base)
@@ -57,6 +57,12 @@ def write_adapter(
     for (there, b), thin in zip(b_s.items(), layers.values()):
         stem = prefix + there.removesuffix(".weight")
         tensors |= {f"{stem}.lora_A.weight": thin.a, f"{stem}.lora_B.weight": b}
+    if jax.process_index() > 0:
+        # Process 0 writes. This process takes part because its devices hold some numbers.
+        write_safetensors(Path(os.devnull), tensors, dtype, progress=lambda _: None)
+        return
+    if folder.exists():
+        raise FileExistsError(f"{folder} is there already. Move it, or choose another.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(folder) as partial:
         (partial / config_file).write_text(json.dumps(content, indent=4) + "\n")

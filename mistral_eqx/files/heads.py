@@ -149,7 +149,7 @@ def save_classifier(
 
 def is_classifier(folder: str | os.PathLike) -> bool:
     """Whether a folder holds a classifier."""
-    config = Path(folder) / "config.json"
+    config = local_folder(folder) / "config.json"
     if not config.is_file():
         return False
     architectures = read_json_object(config).get("architectures")
@@ -168,7 +168,7 @@ def _open(folder: str | os.PathLike) -> tuple[Path, Tokenizer, Checkpoint]:
 
 def labels_of(folder: str | os.PathLike) -> tuple[str, ...]:
     """The names of a classifier's labels, in the order of their numbers."""
-    path = Path(folder) / "config.json"
+    path = local_folder(folder) / "config.json"
     values = read_json_object(path)
     named = values.get("id2label")
     if named is None:

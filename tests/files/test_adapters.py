@@ -387,6 +387,14 @@ def test_errors(dense, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+def test_one_process_writes(dense, monkeypatch):
+    """The others take part, because their devices hold some of the numbers."""
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    mx.save_adapter(trained(random_model()), dense / "peft")
+    mx.save_adapter(trained(random_model()), dense / "new")
+    assert not (dense / "new").exists()
+
+
 def test_dtypes(dense):
     model = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), random_model())
     mx.save_adapter(trained(model), dense / "a", format="mistral")
