@@ -5,7 +5,7 @@ import argparse
 from ..files.adapted import convert_adapter
 from ..files.export import convert
 from ..files.gguf_export import TYPES
-from .options import add_dtype, adder
+from .options import adapter_of, add_adapter, add_dtype, adder
 
 
 HELP = "write a model in another format, or in another dtype"
@@ -35,6 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="if SRC is a LoRA adapter: the model that it is for",
     )
+    add_adapter(parser)
     add("--force", action="store_true", help="replace a model that is in DST")
 
 
@@ -42,6 +43,8 @@ def run(options: argparse.Namespace) -> None:
     if options.type is not None and options.dtype is not None:
         raise ValueError("Give --type for a GGUF or --dtype for a folder, not both.")
     if options.model is not None:
+        if options.adapter is not None:
+            raise ValueError("Give --model for an adapter or --adapter for a model.")
         names = {"format": options.to, "dtype": options.dtype}
         convert_adapter(options.source, options.target, model=options.model, **names)
         return
@@ -51,6 +54,7 @@ def run(options: argparse.Namespace) -> None:
     convert(
         options.source,
         options.target,
+        adapter=adapter_of(options),
         format=options.to,
         dtype=options.type or options.dtype,
         max_shard_size=options.max_shard_size,

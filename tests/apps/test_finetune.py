@@ -239,6 +239,9 @@ def test_errors(saved, folder, text, talk, tmp_path, capsys):
     assert words in fails(capsys, "generate", "a", *adapted)
     assert words in fails(capsys, "merge", out, *adapted)
     assert "nothing to merge" in fails(capsys, "merge", out)
+    line = fails(capsys, "convert", saved, out, *adapted)
+    assert "Give --model for an adapter or --adapter for a model" in line
+    assert words in fails(capsys, "convert", saved, out, *adapted[2:])
     assert "no adapter" in fails(capsys, "chat", "--adapter", tmp_path / "none")
     assert not out.exists() and not list(tmp_path.glob("out*"))
 
