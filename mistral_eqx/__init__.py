@@ -37,7 +37,7 @@ from .heads.classifier import Classifier as Classifier
 from .heads.texts import classify as classify, embed as embed
 
 # What stands in these modules takes the place of plain functions of the model.
-from .kernels import cpu as _cpu, experts as _experts  # noqa: F401
+from .kernels import cpu as _cpu, experts as _experts, rings as _rings  # noqa: F401
 from .kernels.quantized import quantize as quantize
 from .learning.lora import add_lora as add_lora, merge_lora as merge_lora
 from .learning.tokenizers import train_tokenizer as train_tokenizer

@@ -51,6 +51,7 @@ FLOORS = {
     "devices.chips": 0,
     "devices.programs": 0,
     "kernels.cpu": 4,
+    "kernels.rings": 4,
     "kernels.quantized": 5,
     "kernels.experts": 8,
     "devices.experts": 9,

@@ -9,5 +9,6 @@ where XLA needs help.
 | `cpu.py` | products and attention in the loops that XLA runs fast on a CPU |
 | `quantized.py` | weights in eight or four bits, and products with them |
 | `dtypes.py` | the best dtype for weights and cache where nobody asks for one |
+| `rings.py` | attention to a ring in blocks, for accelerators and meshes |
 | `experts.py` | Mixtral's experts at the cost of the chosen ones |
 """

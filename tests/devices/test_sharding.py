@@ -22,6 +22,7 @@ from mistral_eqx.devices.mesh import make_mesh, parse_mesh
 from mistral_eqx.files.folders import read_config
 from mistral_eqx.files.inspection import plan
 from mistral_eqx.files.params import config_to_params
+from mistral_eqx.kernels import rings
 from mistral_eqx.learning.batches import Batch, Slices
 from mistral_eqx.learning.fitting import fit
 from mistral_eqx.learning.lora import trainable
@@ -170,6 +171,18 @@ def test_other_ways_in():
     expected = generation.generate(plain, prompts, **drawn)
     assert [row.tokens for row in found] == [row.tokens for row in expected]
     assert {row.reason for row in found} == {"eos", "length"}
+
+
+def test_a_ring_in_blocks(monkeypatch):
+    """Long rings are read in blocks on a mesh: made short here, to be read so."""
+    monkeypatch.setattr(rings, "BLOCK", 4)
+    jax.clear_caches()
+    plain, model = model_for("data=2,model=2"), sharded("data=2,model=2")
+    options = {"max_tokens": 20, "chunk": 4, "key": jax.random.key(1)}
+    expected = generation.generate(plain, PROMPTS, **options)
+    found = generation.generate(model, PROMPTS, **options)
+    assert [row.tokens for row in found] == [row.tokens for row in expected]
+    jax.clear_caches()
 
 
 def held(tree):

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mistral_eqx import attention
+from mistral_eqx.kernels import rings
 from mistral_eqx.kernels.quantized import SCHEMES, quantized
 from mistral_eqx.kernels.replaced import REPLACEABLE, plain, replaceable, replaces
 from mistral_eqx.layers import FeedForward
@@ -131,6 +133,34 @@ def test_a_batch_is_its_rows(name, dtype):
         with plain():
             expected = jax.jit(function)(*alone)
         assert_same(row(found, i), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block", [8, 64, 200])
+def test_a_ring_in_blocks(dtype, block, monkeypatch):
+    """As accelerators and meshes read it: the same, whatever is written, also where a
+    whole block shows a query nothing."""
+    monkeypatch.setattr(rings, "BLOCK", block)
+    rng, n = np.random.default_rng(2), 0
+    run = jax.jit(lambda *arguments: rings.attend_blocks(*arguments))
+    expect = jax.jit(jax.vmap(attention.attend))
+    for queries, keys, values, seen, written in of_attend_ring(rng, dtype):
+        few = rng.random(seen.shape) < 0.1
+        few[:, 0] = True
+        for mask in (seen, seen & few):
+            rows = [x[None] for x in (queries, keys, values, jnp.asarray(mask))]
+            assert_same(run(*rows, written), expect(*rows), dtype)
+            n += keys.shape[1] % block == 0
+    assert n > 4
+
+
+def test_unwritten_blocks_are_not_read(monkeypatch):
+    monkeypatch.setattr(rings, "BLOCK", 16)
+    queries, ring = jnp.ones((1, 1, 2, 8)), jnp.full((1, 1, 64, 8), jnp.nan)
+    ring = ring.at[:, :, :20].set(1.0).at[:, :, 20:32].set(0.0)
+    mask = jnp.arange(64)[None, None] < 20
+    out = rings.attend_blocks(queries, ring, ring, mask, jnp.int32(20))
+    np.testing.assert_allclose(out, jnp.ones((1, 1, 2, 8)), rtol=1e-6)
 
 
 def test_the_mechanism():

@@ -1,0 +1,64 @@
+"""Attention to a ring in blocks of slots, for accelerators and for meshes.
+
+Slots that are not written yet are not read, and scores exist for one block at a time: a
+chunk of a prompt needs no more memory for a long ring than for a short one. The softmax is
+that of Milakov and Gimelshein (arXiv 1805.02867), as in FlashAttention (arXiv 2205.14135).
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
+
+from .. import attention
+from .replaced import replaces
+
+
+# How many slots are read at a time. Rings that are not longer are read at once.
+BLOCK = 2048
+
+
+@replaces(attention.attend_ring, on="any")
+@replaces(attention.attend_ring, on="mesh")
+def attend_blocks(
+    queries: Float[Array, "batch seq heads head_dim"],
+    keys: Float[Array, "batch kv_heads slots head_dim"],
+    values: Float[Array, "batch kv_heads slots head_dim"],
+    mask: Bool[Array, "batch seq slots"],
+    length: Int32[Array, ""],
+) -> Float[Array, "batch seq heads head_dim"]:
+    """[`mistral_eqx.attention.attend_ring`][]."""
+    batch, seq, heads, head_dim = queries.shape
+    _, kv_heads, slots, _ = keys.shape
+    if slots <= BLOCK or slots % BLOCK != 0:
+        return jax.vmap(attention.attend)(queries, keys, values, mask)
+    groups, lowest = heads // kv_heads, jnp.finfo(jnp.float32).min
+    rows = queries.reshape(batch, seq, kv_heads, groups, head_dim).astype(keys.dtype)
+
+    def add(i, sums):
+        top, total, out = sums
+        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, i * BLOCK, BLOCK, axis=2)
+        seen = cut(mask)[:, None, None]
+        scores = jnp.einsum(
+            "btkgd,bksd->bkgts", rows, cut(keys), preferred_element_type=jnp.float32
+        )
+        scores = jnp.where(seen, scores * head_dim**-0.5, lowest)
+        new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
+        weights = jnp.exp(scores - new_top[..., None])
+        # What was summed under another maximum. Of blocks that nobody saw, nothing is left
+        # as soon as something is seen.
+        kept = jnp.exp(top - new_top)
+        more = jnp.einsum(
+            "bkgts,bksd->bkgtd",
+            weights.astype(values.dtype),
+            cut(values),
+            preferred_element_type=jnp.float32,
+        )
+        total = kept * total + jnp.sum(weights, axis=-1)
+        return new_top, total, kept[..., None] * out + more
+
+    shape = (batch, kv_heads, groups, seq)
+    sums = jnp.full(shape, lowest), jnp.zeros(shape), jnp.zeros((*shape, head_dim))
+    n_blocks = (jnp.minimum(length, slots) + BLOCK - 1) // BLOCK
+    _, total, out = jax.lax.fori_loop(0, n_blocks, add, sums)
+    out = (out / total[..., None]).transpose(0, 3, 1, 2, 4)
+    return out.reshape(batch, seq, heads, head_dim).astype(queries.dtype)
