@@ -47,10 +47,24 @@ def check_swiglu(swiglu: Callable) -> bool | None:
     if wrong is None:
         correct = float(np.mean(np.isclose(answer, expected, rtol=1e-3, atol=1e-4)))
         if correct < 1:
-            wrong = (
-                f"{correct:.0%} of the values are. Which of w1 and w3 goes through silu?"
-            )
+            wrong = f"{correct:.0%} of the values are. {_of_swiglu(answer, x, block)}"
     return _verdict("swiglu", wrong, "100% of the values are.")
+
+
+def _of_swiglu(answer, x, block) -> str:
+    """What a wrong answer looks like."""
+    w1, w2, w3 = (layer.weight.T for layer in (block.w1, block.w2, block.w3))
+    silu = jax.nn.silu
+    others = {
+        "It is gelu that you use: SwiGLU has silu.": (jax.nn.gelu(x @ w1) * (x @ w3)) @ w2,
+        "w3 goes through silu: it is w1 that does.": ((x @ w1) * silu(x @ w3)) @ w2,
+        "Both go through silu: only w1 does.": (silu(x @ w1) * silu(x @ w3)) @ w2,
+        "The product with w3 x is missing.": silu(x @ w1) @ w2,
+    }
+    for hint, other in others.items():
+        if np.allclose(answer, other, rtol=1e-2, atol=1e-2):
+            return hint
+    return "Is it w2(silu(w1(x)) * w3(x)), each weight transposed?"
 
 
 SUSPECTS = {"A": "theta 1e6", "B": "window + 1"}
@@ -113,10 +127,9 @@ def check_band(band: Callable) -> bool | None:
         if wrong is None and np.shape(answer) != expected.shape:
             wrong = f"The shape for n={n} is {np.shape(answer)}, not {expected.shape}."
         if wrong is None and not np.array_equal(np.asarray(answer, bool), expected):
-            rows = np.asarray(answer, bool).sum(1).tolist()
-            wrong = f"For n={n}, window={window} the rows see {rows} keys, not " + str(
-                expected.sum(1).tolist()
-            )
+            query, key = np.argwhere(np.asarray(answer, bool) != expected)[0].tolist()
+            sees = "sees" if expected[query, key] else "does not see"
+            wrong = f"For n={n}, window={window}, query {query} {sees} key {key}."
         if wrong:
             break
     return _verdict("band", wrong)
@@ -262,7 +275,9 @@ def check_buckets(buckets: list[int]) -> bool | None:
     if buckets is NotImplemented:
         return _todo("buckets")
     wrong = None
-    if len(buckets) > 4:
+    if len(buckets) == 0:
+        wrong = "There is no bucket, so no prompt fits."
+    elif len(buckets) > 4:
         wrong = f"There are {len(buckets)} buckets: four programs at most."
     elif max(buckets) < LENGTHS.max():
         wrong = f"The longest prompt has {LENGTHS.max()} tokens and fits in none."

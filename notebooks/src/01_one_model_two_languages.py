@@ -39,6 +39,35 @@ key = jax.random.key(0)
 nb.versions()
 
 # %% [markdown]
+# ## Six words of JAX
+#
+# JAX is NumPy (`jnp`) with functions that **transform functions**. These words come up
+# again and again:
+#
+# - A **pytree** is arrays inside of tuples, lists, dicts or modules, nested as you like.
+#   `jax.tree.map` applies a function to each array, and keeps the nest around them. A
+#   model is a pytree: of its weights.
+# - **`jax.jit(f)`** is `f`, compiled at its first call, for arrays of these shapes.
+# - **`jax.vmap(f)`** takes an `f` that is written for one row, and makes it act on a
+#   batch of rows.
+# - **`jax.grad(f)`** is the function that computes the gradient of `f`.
+# - **`eval_shape(f, x)`** runs `f` without any numbers, and tells what shape its result
+#   would have. So a model of any size can be made as a *skeleton* that needs no memory.
+# - **`eqx.filter_jit`**, `eqx.filter_vmap`, `eqx.filter_grad` and `eqx.filter_eval_shape`
+#   are Equinox's editions of these. They take arguments with other things in them than
+#   arrays, as a module has: the arrays are traced or differentiated, all else is left as
+#   it is.
+
+# %%
+tree = {"weight": jnp.ones((2, 3)), "others": (jnp.zeros(2), jnp.ones(1))}
+print("tree.map  ", jax.tree.map(jnp.size, tree))
+squared = lambda row: jnp.dot(row, row)
+print("jit       ", jax.jit(squared)(jnp.arange(3.0)))
+print("vmap      ", jax.vmap(squared)(jnp.ones((2, 3))))
+print("grad      ", jax.grad(squared)(jnp.arange(3.0)))
+print("eval_shape", eqx.filter_eval_shape(squared, jnp.arange(3.0)))
+
+# %% [markdown]
 # ## One file of weights, three programs
 #
 # A model is numbers and the program that reads them. Here the numbers are one file,
@@ -108,8 +137,9 @@ nb.show_diff("torch_mistral.py:RMSNorm", mx.transformer.RMSNorm)
 # JAX transforms functions of **arrays**. `jax.grad` wants to differentiate every leaf of
 # what it is given, `jax.jit` traces every leaf. A number like `eps`, or the number of
 # heads, is no weight: marked static, it is part of the tree's *structure* instead, and
-# compiled in. Forget it, and an optimizer will train your `eps`. So: arrays are leaves,
-# all else is static.
+# compiled in. Forget it, and `jax.grad` gives your `eps` a gradient, which an optimizer
+# will follow. (`eqx.filter_grad` differentiates arrays alone and leaves a Python float as
+# it is.) So: arrays are leaves, all else is static.
 
 # %%
 leaves = jax.tree.leaves(package)
@@ -305,8 +335,8 @@ axes[0].legend(fontsize=9)
 nb.caption(
     "in float32 the programs agree to six digits, and the distance stays where rounding "
     "puts it: no layer jumps out. In bfloat16, whose numbers have two to three digits, "
-    "all lines move up together, by the ratio of the two precisions. A point on the "
-    "floor is an exact zero: the embedding is a look-up."
+    "they agree to two or three. A point on the floor is an exact zero: the embedding is "
+    "a look-up."
 )
 
 # %%
