@@ -77,7 +77,7 @@ FLOORS = {
     "chat": 12,
     "apps.terminal": 1,
     "apps.measure": 9,
-    "apps.compiling": 10,
+    "apps.compiling": 11,
     "apps.options": 13,
     "apps.main": 15,
     "__main__": 16,

@@ -24,8 +24,10 @@ from ..devices.sharding import (
     whole_sharding,
 )
 from ..devices.stages import in_stages
+from ..files.inspection import cache_skeleton
+from ..files.names import skeleton
 from ..kernels import quantized
-from ..prompts import default_chunk, next_power_of_two
+from ..prompts import default_chunk
 from ..transformer import Transformer
 
 
@@ -62,19 +64,12 @@ def compile_programs(
     n = math.prod(mesh.values())
     if n > len(devices):
         raise ValueError(f"The mesh has {n} devices, and {chip} has {len(devices)}.")
-    whole = eqx.filter_eval_shape(
-        Transformer, config, dtype=jnp.dtype(dtype), key=jax.random.key(0)
-    )
+    whole = skeleton(config, jnp.dtype(dtype))
     held = whole
     if quantize is not None:
         held = eqx.filter_eval_shape(quantized.quantize, whole, quantize)
     place = _Places(mesh, devices[:n], held)
-    chunk, capacity = default_chunk(config.smallest_window), next_power_of_two(context)
-
-    def make_cache(model):
-        padding = jnp.zeros(batch, jnp.int32)
-        options = {"chunk": chunk, "max_length": capacity, "dtype": dtype}
-        return model.empty_cache(padding, **options)
+    chunk = default_chunk(config.smallest_window)
 
     def make_state(model, cache):
         logits = jnp.zeros((batch, config.vocab_size), jnp.float32)
@@ -82,7 +77,7 @@ def compile_programs(
         return DecodeState.start(model, cache, logits, **options)
 
     bare = jax.tree.map(_bare, place.model)
-    cache = eqx.filter_eval_shape(make_cache, bare)
+    cache = cache_skeleton(bare, rows=batch, context=context, dtype=dtype)
     state = place.state(eqx.filter_eval_shape(make_state, bare, cache))
     cache = place.cache(cache)
     tokens = place.rows(jax.ShapeDtypeStruct((batch, chunk), jnp.int32))

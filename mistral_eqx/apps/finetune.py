@@ -30,7 +30,14 @@ from ..files.heads import (
 from ..files.inspection import in_units, step_bytes
 from ..heads.classifier import Classifier
 from ..learning.batches import LabelledRows, Packed, Slices
-from ..learning.examples import has_labels, read_examples, read_labelled, split
+from ..learning.examples import (
+    check_share,
+    has_labels,
+    read_examples,
+    read_labelled,
+    slices_of,
+    split,
+)
 from ..learning.lora import LAYERS, add_lora, has_lora, merge_lora, trainable
 from ..tokenizer import Tokenizer, load_tokenizer
 from ..transformer import Transformer
@@ -318,15 +325,12 @@ def _read_texts(
     options: argparse.Namespace, tokenizer: Tokenizer
 ) -> tuple[Slices, Slices | None]:
     share = options.held_out
-    if not 0 <= share < 1:
-        raise ValueError(f"The held-out share must be from 0 to below 1, got {share}.")
+    check_share(share)
     texts = [read_text(file) for file in options.data]
     cuts = [round((1 - share) * len(text)) for text in texts]
 
     def slices(name: str, parts: list[str]) -> Slices:
-        ids = [[*tokenizer.encode(part), tokenizer.eos_id] for part in parts]
-        ids = np.concatenate([np.asarray(row, np.int32) for row in ids])
-        return Slices(name, ids, seq_len=options.seq_len, bos_id=tokenizer.bos_id)
+        return slices_of(name, parts, tokenizer, seq_len=options.seq_len)
 
     data = slices("The text", [text[:cut] for text, cut in zip(texts, cuts)])
     if share == 0:

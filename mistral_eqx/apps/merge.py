@@ -2,8 +2,8 @@
 
 import argparse
 
-from ..files.checkpoint import open_checkpoint
 from ..files.export import convert
+from ..files.folders import located
 from .options import adapter_of, add_adapter, add_dtype, add_model, folder_of
 
 
@@ -24,7 +24,7 @@ def run(options: argparse.Namespace) -> None:
     if adapter is None:
         raise ValueError("There is nothing to merge: give --adapter.")
     source = folder_of(options)
-    format = open_checkpoint(source, {}).format
+    _, format = located(source)
     if options.target.endswith(".gguf"):
         format = "gguf"
     convert(

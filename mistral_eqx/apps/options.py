@@ -170,8 +170,8 @@ def folder_of(options: argparse.Namespace) -> str | Path:
 def load_both(options: argparse.Namespace, **changes: Any) -> tuple[Transformer, Tokenizer]:
     """The model and its tokenizer, on the mesh that was asked for. `changes` are other
     arguments of [`load`][mistral_eqx.load]."""
-    asked = {name: getattr(options, name, None) for name in ("quantize", "dtype")}
-    asked |= {"adapter": adapter_of(options), "mesh": mesh_of(options)}
+    asked = {"adapter": adapter_of(options), "mesh": mesh_of(options)}
+    asked["quantize"] = getattr(options, "quantize", None)
     return load(folder_of(options), **asked | changes)
 
 
@@ -180,8 +180,6 @@ def adapter_of(options: argparse.Namespace) -> dict[str, float] | None:
     given = getattr(options, "adapter", None)
     if given is None:
         return None
-    if isinstance(given, str):
-        return {given: 1.0}
     found = {}
     for text in given:
         path, equals, weight = text.rpartition("=")

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from ..config import ModelConfig
@@ -16,6 +15,7 @@ from ..devices.sharding import shard
 from ..files import export
 from ..files.atomic import locked
 from ..files.folders import read_config
+from ..learning.examples import slices_of
 from ..learning.tokenizers import train_tokenizer
 from ..text import TINY_MISTRAL
 from ..tokenizer import Tokenizer, check_vocabulary
@@ -85,7 +85,6 @@ def _train(
     out: Path,
     work: Path,
 ) -> None:
-    from ..learning.batches import Slices
     from ..learning.fitting import fit
 
     tokenizer_path, checkpoint = work / "tokenizer.model", work / "checkpoint.eqx"
@@ -100,16 +99,14 @@ def _train(
     tokenizer = Tokenizer(tokenizer_path)
     check_vocabulary(tokenizer, config.vocab_size)
 
-    def encode(name, texts):
-        ids = [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
-        ids = np.concatenate([np.asarray(row, np.int32) for row in ids])
-        return Slices(name, ids, seq_len=options.seq_len, bos_id=tokenizer.bos_id)
+    def slices(name, texts):
+        return slices_of(name, texts, tokenizer, seq_len=options.seq_len)
 
     model = Transformer(config, key=jax.random.key(options.seed))
     model = fit(
         model if mesh is None else shard(model, mesh),
-        encode("the text", [text for text, _ in texts]),
-        encode("the held-out text", [text for _, text in texts]),
+        slices("the text", [text for text, _ in texts]),
+        slices("the held-out text", [text for _, text in texts]),
         steps=options.steps,
         batch_size=options.batch_size,
         learning_rate=options.learning_rate,

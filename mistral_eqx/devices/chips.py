@@ -23,14 +23,14 @@ class Chip:
     - `platform`: JAX's name for it: `"tpu"` or `"cuda"`.
     - `bandwidth`: of its memory, in bytes a second.
     - `memory`: in bytes.
-    - `cores`: of a GPU; those that are each called a device, of a TPU.
+    - `cores`: of a GPU.
     - `capability`: of a GPU: `(9, 0)`.
     """
 
     platform: str
     bandwidth: float
     memory: float
-    cores: int = 1
+    cores: int = 0
     capability: tuple[int, int] = (0, 0)
 
 
@@ -39,7 +39,7 @@ CHIPS = {
     "v5e": Chip("tpu", 819e9, 16e9),
     "v5p": Chip("tpu", 2.765e12, 95e9),
     "v6e": Chip("tpu", 1.64e12, 32e9),
-    "tpu7x": Chip("tpu", 7.37e12, 192e9, cores=2),
+    "tpu7x": Chip("tpu", 7.37e12, 192e9),
     "a100": Chip("cuda", 2.039e12, 80e9, 108, (8, 0)),
     "h100": Chip("cuda", 3.352e12, 80e9, 132, (9, 0)),
     "h200": Chip("cuda", 4.8e12, 141e9, 132, (9, 0)),

@@ -20,7 +20,7 @@ from ..learning.lora import (
     weight_shape,
 )
 from .adapter_export import MISTRAL, PEFT, check_format, write_adapter
-from .adapters import Thin, open_adapter
+from .adapters import Thin, is_pefts, open_adapter
 from .checkpoint import open_checkpoint
 from .names import stored_array, stored_parts, weight_shapes
 from .weights import common_dtype
@@ -156,12 +156,10 @@ def convert_adapter(
     adapter = open_adapter(source, config, weight_shapes(config))
     if adapter.norms:
         raise ValueError(f"{adapter.path} replaces norms, which PEFT's format cannot.")
-    file = next(iter(adapter.layers.values())).a.file
     if format is None:
-        format = MISTRAL if file.name.startswith("adapter_model.") else PEFT
+        format = MISTRAL if is_pefts(adapter.matrices[0].file) else PEFT
     if dtype is None:
-        parts = (part for thin in adapter.layers.values() for part in (thin.a, thin.b))
-        dtype = common_dtype(parts)
+        dtype = common_dtype(adapter.matrices)
     write_adapter(
         Path(arguments.path("target", target)),
         adapter.layers,

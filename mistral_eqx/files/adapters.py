@@ -19,7 +19,7 @@ import numpy as np
 from .. import arguments
 from ..arguments import printable, say_once
 from ..config import ModelConfig
-from .folders import read_json_object
+from .folders import read_json_file
 from .hub import local_folder
 from .huggingface import from_huggingface
 from .weights import (
@@ -74,11 +74,14 @@ class Adapter:
     layers: Mapping[str, Thin]
     norms: Mapping[str, StoredTensor]
 
+    @property
+    def matrices(self) -> list[StoredTensor]:
+        """Every `a` and every `b`."""
+        return [part for thin in self.layers.values() for part in (thin.a, thin.b)]
 
-def listed(adapter: Adapters | None) -> list[tuple[str, float]]:
+
+def listed(adapter: Adapters) -> list[tuple[str, float]]:
     """The paths of one or several adapters, and the weights to add them with."""
-    if adapter is None:
-        return []
     if isinstance(adapter, str | os.PathLike):
         return [(arguments.path("adapter", adapter), 1.0)]
     what = "a path, several, or a dict from paths to weights"
@@ -117,8 +120,8 @@ def open_adapter(
     open_file = open_safetensors if file.suffix == ".safetensors" else open_torch
     tensors, _ = text_model(_of_adapter(open_file(file)))
     folder = file.parent
-    if (folder / PEFT_CONFIG).is_file() and not _is_mistrals(file):
-        values = _read(folder / PEFT_CONFIG)
+    if (folder / PEFT_CONFIG).is_file() and is_pefts(file):
+        values = read_json_file(folder / PEFT_CONFIG)
         try:
             _check_peft(values)
         except ValueError as error:
@@ -186,8 +189,9 @@ def _adapter_file(path: Path) -> Path:
     return files[0]
 
 
-def _is_mistrals(file: Path) -> bool:
-    return not file.name.startswith("adapter_model.")
+def is_pefts(file: Path) -> bool:
+    """Whether the name of a file with an adapter is that of PEFT's format."""
+    return file.name.startswith("adapter_model.")
 
 
 def _of_adapter(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -199,19 +203,14 @@ def _of_adapter(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     }
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return read_json_object(path)
-    except ValueError as error:
-        raise ValueError(printable(f"{path} cannot be used: {error}")) from error
-
-
 def _check_peft(values: Mapping[str, Any]) -> None:
     if values.get("peft_type") != "LORA":
         kind = arguments.shown(values.get("peft_type"))
         raise ValueError(f"its peft_type is {kind}. Only LORA is implemented.")
     for name, value in values.items():
-        if name in _KNOWN or value in (None, False, {}, []) or (name, value) == _NO_BIAS:
+        if name in _KNOWN or value in (None, False, {}, []):
+            continue
+        if (name, value) == ("bias", "none"):
             continue
         if name == "init_lora_weights" and not _CHANGE_BASE.match(str(value)):
             continue
@@ -234,9 +233,6 @@ def _check_peft(values: Mapping[str, Any]) -> None:
                 re.compile(pattern)
             except re.error as error:
                 raise ValueError(f"{name} has {pattern!r}: {error}.") from error
-
-
-_NO_BIAS = ("bias", "none")
 
 
 def _from_peft(
@@ -270,7 +266,7 @@ def _from_mistral(
     norms = {name: t for name, t in tensors.items() if name.endswith("norm.weight")}
     pairs = _pairs(path, tensors, norms)
     params = folder / "params.json"
-    section = _read(params).get("lora") if params.is_file() else None
+    section = read_json_file(params).get("lora") if params.is_file() else None
     if not isinstance(section, Mapping) or "scaling" not in section:
         say_once(f"No params.json beside {file} says its scaling, which is taken to be 2.")
         section = {"scaling": 2.0}
@@ -340,8 +336,7 @@ def _check(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
                 f"{adapter.path} has shape {norm.shape} for {name}, whose shape is "
                 f"{shapes[name]}: {hint}"
             )
-    parts = [part for thin in adapter.layers.values() for part in (thin.a, thin.b)]
-    for tensor in [*parts, *adapter.norms.values()]:
+    for tensor in [*adapter.matrices, *adapter.norms.values()]:
         if tensor.dtype not in READABLE:
             raise ValueError(
                 f"{tensor.file}: {tensor.name} holds numbers of type {tensor.dtype}, which "

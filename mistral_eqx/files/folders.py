@@ -205,6 +205,14 @@ def _read_index(path: Path) -> tuple[tuple[Path, ...], Mapping[str, str]]:
     return tuple(path.parent / file for file in files), places
 
 
+def read_json_file(path: Path) -> dict[str, Any]:
+    """As [`read_json_object`][], with the file's name in the error."""
+    try:
+        return read_json_object(path)
+    except ValueError as error:
+        raise ValueError(printable(f"{path} cannot be used: {error}")) from error
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises `ValueError` for anything else."""
     try:

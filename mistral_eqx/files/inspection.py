@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
+from ..cache import Cache
 from ..config import ModelConfig
 from ..devices.mesh import row_groups
 from ..devices.sharding import cache_shardings, shardings
@@ -23,6 +24,7 @@ from ..prompts import default_chunk, next_power_of_two
 from ..tokenizer import check_vocabulary, load_tokenizer
 from ..transformer import Transformer
 from .checkpoint import open_checkpoint
+from .names import skeleton
 from .released import names_of
 
 
@@ -102,9 +104,7 @@ def plan(
     for name, number in (("batch", batch), ("context", context)):
         if number < 1:
             raise ValueError(f"{name} must be 1 or more, got {number}.")
-    model = eqx.filter_eval_shape(
-        Transformer, config, dtype=jnp.dtype(dtype), key=jax.random.key(0)
-    )
+    model = skeleton(config, jnp.dtype(dtype))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(model))
     if quantize is not None:
         model = eqx.filter_eval_shape(quantized.quantize, model, quantize)
@@ -115,14 +115,7 @@ def plan(
     n_groups = row_groups(complete)
     rows = -(-batch // n_groups) * n_groups
     chunk = default_chunk(config.smallest_window)
-
-    def make_cache():
-        padding = jnp.zeros(rows, jnp.int32)
-        capacity = next_power_of_two(context)
-        options = {"chunk": chunk, "max_length": capacity, "dtype": dtype}
-        return model.empty_cache(padding, **options)
-
-    cache = eqx.filter_eval_shape(make_cache)
+    cache = cache_skeleton(model, rows=rows, context=context, dtype=dtype)
     weights, weights_here = _held(model, places)
     cached, cached_here = _held(cache, cache_shardings(cache, complete))
     # What a chunk of a prompt needs at once, in float32: the scores of a layer and their
@@ -148,6 +141,22 @@ def plan(
         "together": f"{in_units(total)} a device",
         "fits": ", ".join(fits) + " (a tenth left free)",
     }
+
+
+def cache_skeleton(
+    model: Transformer, *, rows: int, context: int, dtype: DTypeLike
+) -> Cache:
+    """The cache that a skeleton of a model makes for prompts of so many rows and tokens."""
+
+    def make():
+        return model.empty_cache(
+            jnp.zeros(rows, jnp.int32),
+            chunk=default_chunk(model.config.smallest_window),
+            max_length=next_power_of_two(context),
+            dtype=dtype,
+        )
+
+    return eqx.filter_eval_shape(make)
 
 
 def step_bytes(

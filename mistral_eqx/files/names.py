@@ -10,7 +10,9 @@ from pathlib import Path
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.random as jr
+from jax.typing import DTypeLike
 
 from ..config import ModelConfig
 from ..devices.processes import to_host
@@ -24,9 +26,9 @@ _STAGED = re.compile(r"layers\.blocks\.(\d+)\.(.*)")
 
 
 @functools.lru_cache(maxsize=16)
-def skeleton(config: ModelConfig) -> Transformer:
+def skeleton(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> Transformer:
     """The model without any numbers: every array is a shape and a dtype."""
-    return eqx.filter_eval_shape(Transformer, config, key=jr.key(0))
+    return eqx.filter_eval_shape(Transformer, config, dtype=dtype, key=jr.key(0))
 
 
 def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from .. import arguments
 from ..arguments import printable
 from ..chat import encode_answered, encode_chat
 from ..tokenizer import Tokenizer
-from .batches import Example
+from .batches import Example, Slices
 
 
 _TEXTS, _CONVERSATIONS = ("text", "content"), ("messages", "interactions")
@@ -41,13 +41,7 @@ def read_examples(
     `ValueError` that names the file and the line, for what is no such object, a
     conversation without an answer or with function calls, or one that is too long.
     """
-    examples = []
-    for number, line in json_lines(path):
-        try:
-            examples += _examples(line, tokenizer, seq_len)
-        except (ValueError, TypeError) as error:
-            raise ValueError(printable(f"{path}, line {number}: {error}")) from error
-    return examples
+    return _of_lines(path, lambda line: _examples(line, tokenizer, seq_len))
 
 
 def read_labelled(
@@ -63,22 +57,30 @@ def read_labelled(
 
     As [`read_examples`][] does.
     """
+    return _of_lines(path, lambda line: [_labelled(line, tokenizer, seq_len)])
+
+
+def _of_lines(
+    path: str | os.PathLike, read: Callable[[dict[str, Any]], list[Any]]
+) -> list[Any]:
+    """What a function makes of every line. Its errors get the line's number."""
     examples = []
     for number, line in json_lines(path):
         try:
-            label = line.get("label")
-            if isinstance(label, bool) or not isinstance(label, str | int):
-                raise ValueError(f"its label must be a text, got {arguments.shown(label)}.")
-            ids = tokenizer.encode(arguments.text("text", line.get("text")))
-            if len(ids) > seq_len:
-                raise ValueError(
-                    f"the text has {len(ids)} tokens, more than a sequence of {seq_len}. "
-                    "Make the sequence longer, or leave it out."
-                )
-            examples.append((ids, str(label)))
+            examples += read(line)
         except (ValueError, TypeError) as error:
             raise ValueError(printable(f"{path}, line {number}: {error}")) from error
     return examples
+
+
+def slices_of(
+    name: str, texts: Sequence[str], tokenizer: Tokenizer, *, seq_len: int
+) -> Slices:
+    """Slices of texts one behind the other, each between a BOS and an EOS. Arguments and
+    errors are those of [`Slices`][]."""
+    ids = [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
+    ids = np.concatenate([np.asarray(row, np.int32) for row in ids])
+    return Slices(name, ids, seq_len=seq_len, bos_id=tokenizer.bos_id)
 
 
 def has_labels(path: str | os.PathLike) -> bool:
@@ -114,8 +116,7 @@ def json_lines(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any]]]:
 def split(examples: Sequence[Any], share: float) -> tuple[list[Any], list[Any]]:
     """Examples to learn from, and a share of them, chosen at random but always the same, to
     measure the loss on. Raises `ValueError` if that leaves one of them empty."""
-    if not 0 <= share < 1:
-        raise ValueError(f"The held-out share must be from 0 to below 1, got {share}.")
+    check_share(share)
     n = round(share * len(examples))
     n = max(n, 1) if share > 0 else n
     if n == len(examples):
@@ -128,6 +129,27 @@ def split(examples: Sequence[Any], share: float) -> tuple[list[Any], list[Any]]:
     for i, example in enumerate(examples):
         parts[i in held_out].append(example)
     return parts
+
+
+def check_share(share: float) -> None:
+    """Raises `ValueError` for what cannot be the share that is held out."""
+    if not 0 <= share < 1:
+        raise ValueError(f"The held-out share must be from 0 to below 1, got {share}.")
+
+
+def _labelled(
+    line: Mapping[str, Any], tokenizer: Tokenizer, seq_len: int
+) -> tuple[list[int], str]:
+    label = line.get("label")
+    if isinstance(label, bool) or not isinstance(label, str | int):
+        raise ValueError(f"its label must be a text, got {arguments.shown(label)}.")
+    ids = tokenizer.encode(arguments.text("text", line.get("text")))
+    if len(ids) > seq_len:
+        raise ValueError(
+            f"the text has {len(ids)} tokens, more than a sequence of {seq_len}. "
+            "Make the sequence longer, or leave it out."
+        )
+    return ids, str(label)
 
 
 def _examples(line: Mapping[str, Any], tokenizer: Tokenizer, seq_len: int) -> list[Example]:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .. import arguments
 from ..devices.sharding import settled
-from ..kernels.quantized import QuantizedLinear
+from ..kernels.quantized import QuantizedLinear, is_quantized
 from ..layers import Linear, product
 
 
@@ -154,9 +154,8 @@ def trainable(model: Model) -> PyTree[bool]:
 
     `ValueError` for a quantized model without an adapter: its numbers are whole.
     """
-    layers = dict(linear_layers(model))
     of_adapter = has_lora(model)
-    if not of_adapter and any(isinstance(v, QuantizedLinear) for v in layers.values()):
+    if not of_adapter and is_quantized(model):
         raise ValueError(
             "A quantized model cannot be trained: its numbers are whole. Add an adapter "
             "with add_lora, or train the model that it was made from."
