@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mistral_eqx import ModelConfig, Transformer
+from mistral_eqx import ModelConfig, Transformer, add_lora
 from mistral_eqx.files.names import weight_name
 
 
@@ -55,6 +55,26 @@ def small_model(**changes):
 
 # Optax mixes dtypes, which the other tests refuse.
 trains = pytest.mark.usefixtures("promote")
+
+
+def adapted(model, size, *, seed=0, **options):
+    """A model with an adapter that adds something: the numbers of `b` are of this size."""
+    options = {"rank": 3, "key": jax.random.key(seed)} | options
+    rng = np.random.default_rng(1 + seed)
+
+    def trained(path, leaf):
+        if path[-1].name != "b":
+            return leaf
+        return jnp.asarray(size * rng.standard_normal(leaf.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(trained, add_lora(model, **options))
+
+
+def close(found, expected, tolerance=1e-5):
+    """Up to a share of the largest of the numbers."""
+    expected = np.asarray(expected)
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * scale)
 
 
 def cast(model, dtype):

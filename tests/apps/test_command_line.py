@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pexpect
 import pytest
+from commands import fails, run
 from models import PARAMS
 
 import mistral_eqx as mx
@@ -46,23 +47,6 @@ def params(tmp_path):
     params = PARAMS | {"vocab_size": 300, "n_layers": 1}
     (folder / "params.json").write_text(json.dumps(params))
     return folder
-
-
-def run(*arguments):
-    return main([str(argument) for argument in arguments])
-
-
-def fails(capsys, *arguments):
-    """The one line on standard error."""
-    try:
-        status = run(*arguments)
-    except SystemExit as error:  # argparse's
-        status = error.code
-    out, err = capsys.readouterr()
-    assert status == 2 and out == ""
-    line = err.splitlines()[-1]
-    assert err.endswith("\n") and (err.count("\n") == 1 or err.startswith("usage:"))
-    return line
 
 
 def test_demo(folder, capsys):

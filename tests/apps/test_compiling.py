@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import run
 from models import PARAMS, trains
 
 import mistral_eqx as mx
 from mistral_eqx import cache, decoding, layers
 from mistral_eqx.apps import compiling
 from mistral_eqx.apps.compiling import bound, compile_programs
-from mistral_eqx.apps.main import main
 from mistral_eqx.config import MoEConfig
 from mistral_eqx.devices import sharding
 from mistral_eqx.devices.chips import CHIPS, described_devices
@@ -142,7 +142,7 @@ def test_a_mixtral_in_eight_bits():
 
 def test_from_the_command_line(capsys):
     options = ["--shape", "tiny-mistral", "--context", "64", "--mesh", "model=2"]
-    assert main(["plan", *options, "--compile", "cpu"]) == 0
+    assert run("plan", *options, "--compile", "cpu") == 0
     told = capsys.readouterr().out
     assert re.search(r"decode, a step, compiled for cpu in \d+ s\n  memory ", told)
     assert "13 all-reduce" in told and "are changed in place" in told
@@ -158,7 +158,7 @@ def test_from_the_command_line(capsys):
     ],
 )
 def test_errors(words, told, capsys):
-    assert main(["plan", "--shape", "mistral-7b-v0.1", *words]) == 2
+    assert run("plan", "--shape", "mistral-7b-v0.1", *words) == 2
     error = capsys.readouterr().err
     assert told in error and error.count("\n") == 1
 
@@ -167,7 +167,6 @@ def test_without_a_compiler(monkeypatch):
     def missing(**_):
         raise RuntimeError("no plugin\nof that name")
 
-    monkeypatch.setattr(compiling, "described_devices", described_devices)
     monkeypatch.setattr(jax.experimental.topologies, "get_topology_desc", missing)
     for name, extra in (("v5e:2x4", "tpu-compiler"), ("h100", "cuda-compiler")):
         with pytest.raises(ImportError, match=rf"\(no plugin\).*\[{extra}\]"):

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import fails, run
 from models import trains
 from safetensors.numpy import load_file
 
 import mistral_eqx as mx
-from mistral_eqx.apps.main import main
 from mistral_eqx.learning import fitting
 from mistral_eqx.learning.training import train_step
 from mistral_eqx.text import TINY_MISTRAL
@@ -29,22 +29,6 @@ TALK = [
 ]
 # The tokenizer of the embedded model has no template, so it is Mistral's first.
 OPTIONS = ["--batch-size", 2, "--seq-len", 24, "--lora-rank", 4, "--learning-rate", 1e-2]
-
-
-def run(*arguments):
-    return main([str(argument) for argument in arguments])
-
-
-def fails(capsys, *arguments):
-    """The one line on standard error."""
-    try:
-        status = run(*arguments)
-    except SystemExit as error:  # argparse's
-        status = error.code
-    error = capsys.readouterr().err
-    assert status == 2 and error.startswith("mistral_eqx: ")
-    assert error.count("\n") == 1
-    return error
 
 
 @pytest.fixture

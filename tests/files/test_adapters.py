@@ -6,12 +6,13 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import models
 import numpy as np
 import peft
 import pytest
 import torch
 import transformers
-from models import random_model, random_tokens
+from models import adapted, random_model, random_tokens
 from safetensors.numpy import load_file, save_file
 from test_parity import MIXTRAL, PACKAGE_CASES
 
@@ -25,25 +26,15 @@ TOKENS = jnp.array(random_tokens(20))
 
 def trained(model, seed=1, **options):
     """A model with an adapter that adds something."""
-    options = {"rank": 3, "scale": 1.5, "key": jax.random.key(seed)} | options
-    model = mx.add_lora(model, **options)
-    rng = np.random.default_rng(seed)
+    return adapted(model, 0.1, seed=seed, **{"scale": 1.5} | options)
 
-    def filled(path, leaf):
-        if path[-1].name != "b":
-            return leaf
-        return jnp.asarray(0.1 * rng.standard_normal(leaf.shape), jnp.float32)
 
-    return jax.tree_util.tree_map_with_path(filled, model)
+def close(found, expected, tolerance=1e-4):
+    models.close(found, expected, tolerance)
 
 
 def logits(model):
     return np.asarray(jax.jit(lambda m: m(TOKENS)[0])(model))
-
-
-def close(found, expected, tolerance=1e-4):
-    scale = np.abs(expected).max()
-    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * scale)
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from models import random_tokens
+from models import close, random_tokens
 
 import mistral_eqx as mx
 from mistral_eqx.devices.mesh import make_mesh, parse_mesh
@@ -69,12 +69,6 @@ def padded(rows, *, left=False):
     ones = [[0] * len(p) + [1] * len(r) for p, r in zip(pads, rows)]
     mask = ones if left else [row[::-1] for row in ones]
     return torch.tensor(ids), torch.tensor(mask)
-
-
-def close(found, expected, tolerance=1e-5):
-    expected = np.asarray(expected)
-    scale = np.abs(expected).max()
-    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * scale)
 
 
 @pytest.mark.parametrize("left", [False, True])

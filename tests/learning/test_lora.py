@@ -5,7 +5,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from models import cast, random_model, random_tokens, trains
+from models import adapted, cast, close, random_model, random_tokens, trains
 from test_parity import MIXTRAL, PACKAGE_CASES, hugging_face
 
 import mistral_eqx as mx
@@ -19,25 +19,6 @@ from mistral_eqx.learning.training import loss, make_optimizer, start, train_ste
 TOKENS = jnp.array([random_tokens(20, seed=seed) for seed in range(3)])
 CASES = {"dense": {}, "mixtral": PACKAGE_CASES[MIXTRAL]}
 LOGITS = eqx.filter_jit(lambda model, tokens: jax.vmap(model)(tokens)[0])
-
-
-def adapted(model, **options):
-    """A model with an adapter that adds something."""
-    model = mx.add_lora(model, **{"rank": 3, "key": jax.random.key(0)} | options)
-    rng = np.random.default_rng(1)
-
-    def trained(path, leaf):
-        if path[-1].name != "b":
-            return leaf
-        return jnp.asarray(0.2 * rng.standard_normal(leaf.shape), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(trained, model)
-
-
-def close(found, expected, tolerance=1e-5):
-    expected = np.asarray(expected)
-    scale = np.abs(expected).max()
-    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * scale)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -60,7 +41,7 @@ def test_a_new_adapter_changes_nothing(case, scheme):
 @pytest.mark.parametrize("case", CASES)
 def test_merged(case, dtype):
     base = cast(random_model(**CASES[case]), dtype)
-    model = adapted(base)
+    model = adapted(base, 0.2)
     merged = mx.merge_lora(model)
     assert jax.tree.structure(merged) == jax.tree.structure(base)
     assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(merged))
@@ -110,7 +91,7 @@ def test_init():
 @pytest.mark.parametrize("case", CASES)
 def test_memory_is_for_the_adapter_alone(case):
     """By bytes: gradients and moments exist for `a` and `b` and nothing else."""
-    model = adapted(random_model(**CASES[case]))
+    model = adapted(random_model(**CASES[case]), 0.2)
     adapter = sum(
         layer.a.nbytes + layer.b.nbytes
         for _, layer in linear_layers(model)
@@ -130,7 +111,7 @@ def test_memory_is_for_the_adapter_alone(case):
 
 @pytest.mark.parametrize("case", ["dense"])
 def test_gradients_are_pefts(case):
-    model = adapted(random_model(**CASES[case]))
+    model = adapted(random_model(**CASES[case]), 0.2)
     weights, frozen = eqx.partition(model, trainable(model))
     value, grads = eqx.filter_jit(
         eqx.filter_value_and_grad(lambda w: loss(eqx.combine(w, frozen), Batch(TOKENS)))
