@@ -12,11 +12,10 @@ from . import arguments, beams, scoring
 from .decoding import BLOCK
 from .files.adapters import Adapters
 from .files.checkpoint import load_model
-from .files.folders import read_config
 from .files.hub import local_folder
 from .sampling import Sampling, SamplingOptions
 from .scoring import Scored
-from .tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from .tokenizer import Tokenizer, load_checked_tokenizer
 from .transformer import Transformer
 from .writer import Completion, Writer, write
 
@@ -54,9 +53,7 @@ def load(
     else:
         folder = local_folder(arguments.path("folder", folder))
     # The tokenizer first: it is read in no time, and the weights may take minutes.
-    config = read_config(folder)
-    tokenizer = load_tokenizer(folder)
-    check_vocabulary(tokenizer, config.vocab_size)
+    tokenizer = load_checked_tokenizer(folder)
     options = {"dtype": dtype, "quantize": quantize, "mesh": mesh}
     return load_model(folder, adapter=adapter, **options), tokenizer
 

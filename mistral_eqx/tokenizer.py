@@ -8,7 +8,7 @@ from pathlib import Path
 
 from . import arguments
 from .arguments import printable
-from .files.folders import gguf_in
+from .files.folders import gguf_in, read_config
 from .files.hub import local_folder
 from .files.vocabulary import (
     Vocabulary,
@@ -156,6 +156,15 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
     tokenizer.template_path, templates = read_chat_templates(folder)
     tokenizer.chat_template = templates.get("default")
     tokenizer.tool_template = templates.get("tool_use")
+    return tokenizer
+
+
+def load_checked_tokenizer(folder: str | os.PathLike) -> Tokenizer:
+    """As [`load_tokenizer`][], for the model in the folder. Raises `ValueError` also if it
+    is another model's."""
+    config = read_config(folder)  # which knows what the folder is, or is not
+    tokenizer = load_tokenizer(folder)
+    check_vocabulary(tokenizer, config.vocab_size)
     return tokenizer
 
 

@@ -39,7 +39,7 @@ from ..learning.examples import (
     split,
 )
 from ..learning.lora import LAYERS, add_lora, has_lora, merge_lora, trainable
-from ..tokenizer import Tokenizer, load_tokenizer
+from ..tokenizer import Tokenizer, load_checked_tokenizer
 from ..transformer import Transformer
 from .options import (
     add_devices,
@@ -151,7 +151,7 @@ def run(options: argparse.Namespace) -> None:
     if options.steps is None and not options.epochs > 0:
         raise ValueError(f"--epochs must be above 0, got {options.epochs}.")
     kind = _kind(options)
-    tokenizer = load_tokenizer(folder_of(options))
+    tokenizer = load_checked_tokenizer(folder_of(options))
     data, held_out, labels = _read(options, kind, tokenizer)
     model = _model(options, kind, labels)
     if options.adapter is not None:

@@ -15,11 +15,11 @@ from jax.typing import DTypeLike
 from .. import arguments
 from ..devices.sharding import settled
 from ..heads.classifier import Classifier, without_output
-from ..tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from ..tokenizer import Tokenizer, load_checked_tokenizer
 from ..transformer import Transformer
 from .checkpoint import Checkpoint, load_checkpoint, open_trunk
 from .export import write_folder
-from .folders import HUGGINGFACE, located, read_json_object
+from .folders import HUGGINGFACE, located, read_json_file
 from .hub import local_folder
 from .names import model_tensors, stored_array
 
@@ -92,7 +92,7 @@ def load_classifier(
     checkpoint.check()
     options = {"dtype": dtype, "quantize": quantize, "mesh": mesh}
     model = load_checkpoint(checkpoint, **options)
-    pad_id = read_json_object(folder / "config.json").get("pad_token_id")
+    pad_id = read_json_file(folder / "config.json").get("pad_token_id")
     pad_id = pad_id if type(pad_id) is int else None
     classifier = Classifier(model, labels, pad_id=pad_id, key=jax.random.key(0))
     weight = score.array((slice(None), slice(None)), np.dtype(model.dtype))
@@ -152,15 +152,14 @@ def is_classifier(folder: str | os.PathLike) -> bool:
     config = local_folder(folder) / "config.json"
     if not config.is_file():
         return False
-    architectures = read_json_object(config).get("architectures")
+    architectures = read_json_file(config).get("architectures")
     return isinstance(architectures, list) and _CLASS in architectures
 
 
 def _open(folder: str | os.PathLike) -> tuple[Path, Tokenizer, Checkpoint]:
     folder = local_folder(arguments.path("folder", folder))
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_checked_tokenizer(folder)
     checkpoint = open_trunk(folder)
-    check_vocabulary(tokenizer, checkpoint.config.vocab_size)
     tensors = dict(checkpoint.tensors)
     checkpoint = dataclasses.replace(checkpoint, tensors=tensors)
     return located(folder)[0], tokenizer, checkpoint
@@ -169,7 +168,7 @@ def _open(folder: str | os.PathLike) -> tuple[Path, Tokenizer, Checkpoint]:
 def labels_of(folder: str | os.PathLike) -> tuple[str, ...]:
     """The names of a classifier's labels, in the order of their numbers."""
     path = local_folder(folder) / "config.json"
-    values = read_json_object(path)
+    values = read_json_file(path)
     named = values.get("id2label")
     if named is None:
         # transformers' own names, of as many as it says, or two.

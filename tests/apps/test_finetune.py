@@ -214,6 +214,10 @@ def test_errors(saved, folder, text, talk, tmp_path, capsys):
     (tmp_path / "bad.jsonl").write_text(json.dumps({"messages": TALK[:1]}))
     line = error("--data", tmp_path / "bad.jsonl")
     assert "bad.jsonl, line 1: the conversation does not end with an answer" in line
+    # A tokenizer of another model, which would be read as other words.
+    mx.train_tokenizer(TEXT, folder / "tokenizer.model", vocab_size=300)
+    line = fails(capsys, "finetune", out, "--model", folder, "--data", text)
+    assert "The tokenizer has 300 ids, but the model has 2048" in line
     # An adapter for another model.
     small = mx.add_lora(mx.load()[0], key=jax.random.key(0))
     mx.save_adapter(small, tmp_path / "other")

@@ -13,6 +13,7 @@ from models import close, random_tokens
 
 import mistral_eqx as mx
 from mistral_eqx.devices.mesh import make_mesh, parse_mesh
+from mistral_eqx.files.heads import is_classifier
 from mistral_eqx.text import TINY_MISTRAL
 
 
@@ -189,3 +190,6 @@ def test_errors(classifier, embedder, tmp_path):
         (copy / "config.json").write_text(json.dumps(config | {"id2label": labels}))
         with pytest.raises(ValueError, match=words):
             mx.load_classifier(copy)
+    (copy / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="copy/config.json cannot be used"):
+        is_classifier(copy)
