@@ -52,11 +52,12 @@ def wait_for_all(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
-def any_process(here: bool) -> bool:
-    """Whether something is so in any of the processes. All of them have to ask."""
+def any_process(*here: bool) -> tuple[bool, ...]:
+    """Whether each of these is so in any of the processes. All of them have to ask."""
     if jax.process_count() == 1:
         return here
-    return bool(multihost_utils.process_allgather(np.array(here)).any())
+    everywhere = multihost_utils.process_allgather(np.array(here))
+    return tuple(everywhere.any(axis=0).tolist())
 
 
 def to_host(tree: PyTree[Array]) -> PyTree[np.ndarray]:

@@ -155,8 +155,8 @@ def fit(
                 measure(done)
             minutes = (time.monotonic() - written) / 60
             is_late = checkpoint_minutes is not None and minutes > checkpoint_minutes
-            stops = any_process(bool(interrupted))
-            if is_due or stops or any_process(is_late):
+            stops, is_late = any_process(bool(interrupted), is_late)
+            if is_due or stops or is_late:
                 told.finish()
                 if checkpoint is not None:
                     write_checkpoint(checkpoint, state, run)
