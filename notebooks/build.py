@@ -24,11 +24,13 @@ from nbclient import NotebookClient
 
 NOTEBOOKS = Path(__file__).resolve().parent
 SOURCES = sorted((NOTEBOOKS / "src").glob("[0-9][0-9]_*.py"))
-# The seconds of CPU time that a notebook may take, as built. On an idle machine of two
-# cores the clock shows somewhat less, on a busy one any amount more.
-BUDGETS = {"01": 90, "03": 90, "04": 90, "05": 110}
-# Which figure stands for the notebook in README.md.
-COVERS = {"01": 1, "03": 1, "04": 0, "05": 2}
+
+
+def header(source: Path) -> dict[str, int]:
+    """What a source says of itself: its `budget`, the seconds of CPU time that it may take
+    as built (on an idle machine of two cores the clock shows somewhat less, on a busy one
+    any amount more), and its `cover`, the figure that stands for it in README.md."""
+    return jupytext.reads(source.read_text(), fmt="py:percent").metadata
 
 
 def render(source: Path, seconds: float | None) -> nbformat.NotebookNode:
@@ -130,7 +132,7 @@ def build(source: Path) -> None:
             "seconds": round(seconds),
         }
         path = NOTEBOOKS / f"{source.stem}.ipynb"
-        picture = cover(notebook, COVERS[number])
+        picture = cover(notebook, header(source)["cover"])
         (NOTEBOOKS / "pictures").mkdir(exist_ok=True)
         (NOTEBOOKS / "pictures" / f"{number}.png").write_bytes(picture)
         nbformat.write(notebook, path.with_suffix(".partial"))

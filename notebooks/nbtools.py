@@ -143,10 +143,33 @@ def recap() -> None:
     table(["checked", "measured", "required"], rows)
 
 
-def guess(what: str, guessed, measured) -> None:
-    """Puts a prediction next to what was measured. `None` is no prediction."""
-    said = "you have not guessed" if guessed is None else f"you said {guessed}"
-    say(f"**{what}**: {said}; it is **{_short(measured)}**.")
+def guess(what: str, guessed, measured, why: dict | None = None) -> None:
+    """Puts a prediction next to what was measured. `None` is no prediction: then the
+    answer is folded away. `why` says, for each tempting answer, why it is not the one."""
+    answer, reasons = f"it is **{_short(measured)}**", dict(why or {})
+    if guessed is None:
+        told = "\n\n".join(
+            f"*Not {tempting}*: {reason}" for tempting, reason in reasons.items()
+        )
+        say(
+            f"**{what}**: you have not guessed.\n\n<details><summary>What it is</summary>"
+            f"\n\n{answer.capitalize()}.\n\n{told}\n\n</details>"
+        )
+    elif guessed == measured:
+        say(f"**{what}**: you said {guessed}, and {answer}.")
+    else:
+        reason = reasons.get(guessed, "")
+        say(f"**{what}**: you said {guessed}; {answer}. {reason}".strip())
+
+
+def knob(value, *, of: Sequence):
+    """A number of a notebook that a reader may change: `slots = nb.knob(8, of=(4, 8, 16))`.
+    The tests run its section with every value that it may have; others are refused."""
+    if value not in of:
+        raise ValueError(
+            f"This knob cannot be {value}: choose one of {', '.join(map(str, of))}."
+        )
+    return value
 
 
 class Timing(NamedTuple):

@@ -1,3 +1,9 @@
+# ---
+# jupyter:
+#   budget: 90
+#   cover: 1
+# ---
+
 # %% [markdown]
 # # One model, two languages
 #
@@ -29,10 +35,10 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
-import exercises
 import mistral_eqx as mx
 import nbtools as nb
 import one_file_ref
+from exercises import ex01
 
 
 key = jax.random.key(0)
@@ -614,7 +620,7 @@ def swiglu(x, w1, w2, w3):
     return NotImplemented
 
 
-exercises.check_swiglu(swiglu)
+ex01.check_swiglu(swiglu)
 
 # %% [markdown]
 # **Exercise 2: name the bug** (●● 5 minutes). Two curves of the museum, without their
@@ -630,7 +636,7 @@ exercises.check_swiglu(swiglu)
 
 # %%
 figure, axis = plt.subplots(figsize=(7, 2.8))
-for letter, name in exercises.SUSPECTS.items():
+for letter, name in ex01.SUSPECTS.items():
     axis.semilogy(np.maximum(prints[name], 1e-7), label=letter, markevery=16)
 axis.set(xlabel="position (tokens)", ylabel="max|Δ logits|")
 axis.legend()
@@ -638,7 +644,7 @@ nb.caption("one curve is at the floor first and jumps; the other one only starts
 
 # %%
 name_the_bug = {"A": NotImplemented, "B": NotImplemented}
-exercises.check_name_the_bug(name_the_bug)
+ex01.check_name_the_bug(name_the_bug)
 
 # %% [markdown]
 # **Exercise 3: load by path** (●●● 10 minutes). Given a model without data, and a
@@ -661,7 +667,7 @@ def load_by_path(skeleton, arrays):
     return NotImplemented
 
 
-exercises.check_load_by_path(load_by_path)
+ex01.check_load_by_path(load_by_path)
 
 # %% [markdown]
 # ## Recap

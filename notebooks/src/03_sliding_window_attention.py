@@ -1,3 +1,9 @@
+# ---
+# jupyter:
+#   budget: 90
+#   cover: 1
+# ---
+
 # %% [markdown]
 # # Sliding window attention
 #
@@ -29,10 +35,10 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
-import exercises
 import mistral_eqx as mx
 import nbtools as nb
 import one_file_ref
+from exercises import ex03
 
 
 key = jax.random.key(0)
@@ -542,7 +548,7 @@ def band(n, window):
     return NotImplemented
 
 
-exercises.check_band(band)
+ex03.check_band(band)
 
 # %% [markdown]
 # **Exercise 2: layers for a reach** (● 5 minutes). The fewest layers with which
@@ -562,7 +568,7 @@ def layers_for(reach, window):
     return NotImplemented
 
 
-exercises.check_layers_for(layers_for)
+ex03.check_layers_for(layers_for)
 
 # %% [markdown]
 # **Exercise 3: scores that count** (●● 10 minutes). How many pairs of query and key does
@@ -582,7 +588,7 @@ def scores(n, window):
     return NotImplemented
 
 
-exercises.check_scores(scores)
+ex03.check_scores(scores)
 
 # %% [markdown]
 # ## Recap

@@ -1,3 +1,9 @@
+# ---
+# jupyter:
+#   budget: 90
+#   cover: 0
+# ---
+
 # %% [markdown]
 # # The rolling buffer, and filling it in chunks
 #
@@ -30,10 +36,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import LogLocator
 
-import exercises
 import mistral_eqx as mx
 import nbtools as nb
 import one_file_ref
+from exercises import ex04
 
 
 key = jax.random.key(0)
@@ -589,7 +595,7 @@ def slot(position, slots):
     return NotImplemented
 
 
-exercises.check_slot(slot)
+ex04.check_slot(slot)
 
 # %% [markdown]
 # **Exercise 2: and the way back** (●● 10 minutes). Which token does a slot hold after
@@ -610,7 +616,7 @@ def held_by(slot, written, slots):
     return NotImplemented
 
 
-exercises.check_held_by(held_by)
+ex04.check_held_by(held_by)
 
 # %% [markdown]
 # **Exercise 3: unrotate** (●● 5 minutes). Given keys from a cache and the cosine and sine
@@ -631,7 +637,7 @@ def unrotate(keys, cos, sin):
     return NotImplemented
 
 
-exercises.check_unrotate(unrotate)
+ex04.check_unrotate(unrotate)
 
 # %% [markdown]
 # ## Recap

@@ -1,3 +1,9 @@
+# ---
+# jupyter:
+#   budget: 110
+#   cover: 2
+# ---
+
 # %% [markdown]
 # # What the compiler sees
 #
@@ -32,10 +38,10 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
-import exercises
 import mistral_eqx as mx
 import nbtools as nb
 import one_file_ref
+from exercises import ex05
 
 
 key = jax.random.key(0)
@@ -597,16 +603,16 @@ nb.say(
 
 # %%
 culprit = NotImplemented  # "A", "B" or "C"
-exercises.check_culprit(culprit)
+ex05.check_culprit(culprit)
 
 # %% [markdown]
-# **Exercise 2: choose buckets** (●● 10 minutes). `exercises.LENGTHS` are the lengths of
+# **Exercise 2: choose buckets** (●● 10 minutes). `ex05.LENGTHS` are the lengths of
 # the prompts of a day. Choose at most four buckets, so that padding to them costs less
 # than half the pads of 64, 128, 256 and 512.
 #
 # <details><summary>Hint</summary>
 #
-# Most prompts are short: look at `np.quantile(exercises.LENGTHS, ...)`. The longest must
+# Most prompts are short: look at `np.quantile(ex05.LENGTHS, ...)`. The longest must
 # fit.
 #
 # </details>
@@ -615,7 +621,7 @@ exercises.check_culprit(culprit)
 
 # %%
 buckets = NotImplemented  # a list of numbers
-exercises.check_buckets(buckets)
+ex05.check_buckets(buckets)
 
 # %% [markdown]
 # **Exercise 3: one trace for all** (●● 5 minutes). `compile_once` gets a function of an
@@ -636,7 +642,7 @@ def compile_once(function):
     return NotImplemented
 
 
-exercises.check_compile_once(compile_once)
+ex05.check_compile_once(compile_once)
 
 # %% [markdown]
 # ## Recap
