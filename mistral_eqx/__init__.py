@@ -18,7 +18,7 @@ from .decoding import (
     decode_step as decode_step,
     prefill as prefill,
 )
-from .devices import experts as _mesh_experts  # noqa: F401
+from .devices import attention as _mesh_attention, experts as _mesh_experts  # noqa: F401
 from .devices.sharding import shard as shard
 from .files.adapted import (
     convert_adapter as convert_adapter,
@@ -37,7 +37,13 @@ from .heads.classifier import Classifier as Classifier
 from .heads.texts import classify as classify, embed as embed
 
 # What stands in these modules takes the place of plain functions of the model.
-from .kernels import cpu as _cpu, experts as _experts, rings as _rings  # noqa: F401
+from .kernels import (  # noqa: F401  # noqa: F401
+    cpu as _cpu,
+    cuda as _cuda,
+    experts as _experts,
+    rings as _rings,
+    tpu as _tpu,
+)
 from .kernels.quantized import quantize as quantize
 from .learning.lora import add_lora as add_lora, merge_lora as merge_lora
 from .learning.tokenizers import train_tokenizer as train_tokenizer

@@ -5,13 +5,28 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Float32, Int32, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, PRNGKeyArray
 
 from .cache import LayerCache
 from .config import Llama4Scaling, ModelConfig
 from .kernels.replaced import replaceable
 from .layers import Linear
 from .rope import Places, query_scale, rotate
+
+
+class Band(eqx.Module):
+    """Which tokens of a whole sequence see which: each sees itself and what came before it,
+    in its own text and within the window.
+
+    **Attributes:**
+
+    - `segments`: the number of the text of each token, if there are several. The tokens of
+        a text stand together.
+    - `window`: how many tokens one sees, itself included; `None` for all before it.
+    """
+
+    segments: Int[Array, "*batch seq"] | None
+    window: int | None = eqx.field(static=True)
 
 
 def visible(
@@ -79,6 +94,33 @@ def attend_ring(
     return attend(queries, keys, values, mask)
 
 
+@replaceable()
+def attend_sequence(
+    queries: Float[Array, "seq heads head_dim"],
+    keys: Float[Array, "seq kv_heads head_dim"],
+    values: Float[Array, "seq kv_heads head_dim"],
+    band: Band,
+) -> Float[Array, "seq heads head_dim"]:
+    """Attention of a whole sequence to itself, in blocks of queries. A block looks only at
+    the keys that some query of it may see, so that a window saves work and memory and not
+    only probability."""
+    seq, window, segments = queries.shape[0], band.window, band.segments
+    keys, values = jnp.swapaxes(keys, 0, 1), jnp.swapaxes(values, 0, 1)
+    indices = jnp.arange(seq, dtype=jnp.int32)
+    # Every block is compiled by itself. At most 16 of them keep compilation short.
+    block = max(64, -(-seq // 16))
+    out = []
+    for start in range(0, seq, block):
+        stop = min(start + block, seq)
+        first = 0 if window is None else max(0, start - window + 1)
+        seen = slice(first, stop)
+        mask = visible(indices[start:stop], indices[seen], window)
+        if segments is not None:
+            mask &= segments[start:stop, None] == segments[None, seen]
+        out.append(attend(queries[start:stop], keys[:, seen], values[:, seen], mask))
+    return jnp.concatenate(out)
+
+
 class Attention(eqx.Module):
     """One layer's attention over a sequence, or over a chunk of it and a ring."""
 
@@ -143,7 +185,8 @@ class Attention(eqx.Module):
             scale = query_scale(positions, self.scaling).astype(queries.dtype)
             queries = queries * scale[:, None, None]
         if cache is None:
-            out = self._attend_sequence(queries, keys, values, places)
+            band = Band(places.segments, self.window)
+            out = attend_sequence(queries, keys, values, band)
         else:
             cache = cache.write(keys, values, length)
             padding = length - positions[0]
@@ -151,29 +194,3 @@ class Attention(eqx.Module):
             mask = visible(positions, key_positions, self.window)
             out = attend_ring(queries, cache.keys, cache.values, mask, length + seq)
         return self.wo(out.reshape(seq, self.n_heads * self.head_dim)), cache
-
-    def _attend_sequence(
-        self,
-        queries: Float[Array, "seq heads head_dim"],
-        keys: Float[Array, "seq kv_heads head_dim"],
-        values: Float[Array, "seq kv_heads head_dim"],
-        places: Places,
-    ) -> Float[Array, "seq heads head_dim"]:
-        """Attention of a whole sequence to itself, in blocks of queries. A block looks only
-        at the keys that some query of it may see, so that a window saves work and memory
-        and not only probability."""
-        seq, positions, segments = queries.shape[0], places.positions, places.segments
-        keys, values = jnp.swapaxes(keys, 0, 1), jnp.swapaxes(values, 0, 1)
-        # Every block is compiled by itself. At most 16 of them keep compilation short.
-        block = max(64, -(-seq // 16))
-        out = []
-        for start in range(0, seq, block):
-            stop = min(start + block, seq)
-            first = 0 if self.window is None else max(0, start - self.window + 1)
-            seen = slice(first, stop)
-            mask = visible(positions[start:stop], positions[seen], self.window)
-            if segments is not None:
-                mask &= segments[start:stop, None] == segments[None, seen]
-            part = attend(queries[start:stop], keys[:, seen], values[:, seen], mask)
-            out.append(part)
-        return jnp.concatenate(out)

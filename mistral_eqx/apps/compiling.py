@@ -27,6 +27,7 @@ from ..devices.stages import in_stages
 from ..files.inspection import cache_skeleton
 from ..files.names import skeleton
 from ..kernels import quantized
+from ..kernels.replaced import made_for
 from ..prompts import default_chunk
 from ..transformer import Transformer
 
@@ -131,8 +132,9 @@ def _compile(
     *arguments: PyTree,
 ) -> Program:
     began = time.monotonic()
-    lowered = function.trace(*arguments).lower(lowering_platforms=(platform,))
-    compiled = lowered.compile()
+    with made_for(platform):
+        lowered = function.trace(*arguments).lower(lowering_platforms=(platform,))
+        compiled = lowered.compile()
     return read_program(compiled, time.monotonic() - began, large)
 
 

@@ -8,6 +8,7 @@ engine then puts caches and batches where the model needs them.
 | `mesh.py` | the axes of a mesh, and which sizes a model can be divided by |
 | `sharding.py` | which part of every weight, cache and batch each device holds |
 | `stages.py` | pipeline parallelism: layers in stages, batches in microbatches |
+| `attention.py` | each device attends with its own heads |
 | `experts.py` | expert parallelism: each device computes what its own experts contribute |
 | `chips.py` | chips that are not here, as their compilers know them |
 | `programs.py` | what a compiled program needs and does |

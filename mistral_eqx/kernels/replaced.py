@@ -15,18 +15,20 @@ def product_on_cpu(x, weight): ...  # the same numbers, for a batch of sequences
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import equinox as eqx
 import jax
+import jax.extend
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
+from jaxtyping import PyTree
 
 
 # Every replaceable function of the package, by its name.
 REPLACEABLE: dict[str, Callable] = {}
-_switch = {"plain": False}
+_switch = {"plain": False, "target": None}
 
 
 def replaceable(*, shared: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
@@ -51,45 +53,21 @@ def replaceable(*, shared: tuple[str, ...] = ()) -> Callable[[Callable], Callabl
     def decorate(plain: Callable) -> Callable:
         names = list(inspect.signature(plain).parameters)
         is_shared = tuple(name in shared for name in names)
-        axes = tuple(None if alone else 0 for alone in is_shared)
-        batched_plain = jax.vmap(plain, axes)
+        batched_plain = jax.vmap(plain, tuple(None if alone else 0 for alone in is_shared))
         others: dict[str, Callable] = {}
         derived: set[str] = set()
 
-        @custom_vmap
-        def on_batch(*args):
-            if any(map(_on_a_mesh, jax.tree.leaves(args))):
-                return others.get("mesh", batched_plain)(*args)
-            ways = {name: way for name, way in others.items() if name != "mesh"}
-            default = ways.pop("any", batched_plain)
-            return jax.lax.platform_dependent(*args, **ways, default=default)
+        def programs() -> dict[str, Callable]:
+            in_tuple = lambda way: lambda *args: (way(*args),)
+            ways = {"plain": batched_plain, **others}
+            return {place: in_tuple(way) for place, way in ways.items()}
 
-        @on_batch.def_vmap
-        def on_batches(size, batched, *args):
-            is_batched = [any(jax.tree.leaves(leaves)) for leaves in batched]
-            if any(b and alone for b, alone in zip(is_batched, is_shared)):
-                in_axes = jax.tree.map(lambda leaf: 0 if leaf else None, tuple(batched))
-                out = jax.vmap(batched_plain, in_axes)(*args)
-                return out, jax.tree.map(lambda _: True, out)
-
-            def merged(leaf, is_batched):
-                if not is_batched:
-                    leaf = jnp.broadcast_to(leaf[None], (size, *leaf.shape))
-                return leaf.reshape(-1, *leaf.shape[2:])
-
-            out = on_batch(
-                *(
-                    arg if alone else jax.tree.map(merged, arg, leaves)
-                    for arg, leaves, alone in zip(args, batched, is_shared)
-                )
-            )
-            out = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), out)
-            return out, jax.tree.map(lambda _: True, out)
+        on_batch = _rows_together(programs, is_shared, (False,))
 
         # A `custom_vmap` alone has no derivative in reverse.
         @jax.custom_jvp
         def differentiable(*args):
-            return on_batch(*args)
+            return on_batch(*args)[0]
 
         # Symbolic zeros: a weight that is not trained has no gradient to be computed.
         @functools.partial(differentiable.defjvp, symbolic_zeros=True)
@@ -106,22 +84,34 @@ def replaceable(*, shared: tuple[str, ...] = ()) -> Callable[[Callable], Callabl
 
             return jax.jvp(of_moving, pick(leaves), pick(tangents))
 
-        # If another program has gradients of its own, these are what is computed.
+        # If other programs have gradients of their own, these are what is computed.
         @eqx.filter_custom_vjp
         def in_reverse(args):
-            return on_batch(*args)
+            return on_batch(*args)[0]
 
         @in_reverse.def_fwd
         def forward(perturbed, args):
-            return on_batch(*args), None
+            return on_batch(*args)[0], None
 
         @in_reverse.def_bwd
         def backward(_, grads, perturbed, args):
-            place = "mesh" if any(map(_on_a_mesh, jax.tree.leaves(args))) else "any"
-            way = others[place] if place in derived else batched_plain
             moving, still = eqx.partition(args, perturbed)
-            run = lambda moving: way(*eqx.combine(moving, still))
-            return jax.vjp(run, moving)[1](grads)[0]
+            return gradients(grads, *moving, *still)
+
+        def pulled_back(way: Callable) -> Callable:
+            def gradients(grads, *halves):
+                moving, still = halves[: len(names)], halves[len(names) :]
+                run = lambda *moving: way(*eqx.combine(moving, still))
+                return jax.vjp(run, *moving)[1](grads)
+
+            return gradients
+
+        def gradient_programs() -> dict[str, Callable]:
+            ways = {"plain": batched_plain, **{place: others[place] for place in derived}}
+            return {place: pulled_back(way) for place, way in ways.items()}
+
+        alone = (False, *is_shared, *is_shared)
+        gradients = _rows_together(gradient_programs, alone, is_shared)
 
         @functools.wraps(plain)
         def call(*args):
@@ -129,7 +119,10 @@ def replaceable(*, shared: tuple[str, ...] = ()) -> Callable[[Callable], Callabl
                 return plain(*args)
             one = lambda arg: jax.tree.map(lambda leaf: leaf[None], arg)
             rows = [arg if alone else one(arg) for arg, alone in zip(args, is_shared)]
-            out = in_reverse(tuple(rows)) if derived else differentiable(*rows)
+            # Programs for accelerators take no part where there is none, so a model has all
+            # kinds of derivatives there.
+            own = "any" in derived or derived and _target() != "cpu"
+            out = in_reverse(tuple(rows)) if own else differentiable(*rows)
             return jax.tree.map(lambda x: x[0], out)
 
         call.plain, call.others, call.derived = plain, others, derived
@@ -151,7 +144,8 @@ def replaces(
         those without a program of their own; or `"mesh"`, for arrays that are spread over
         several devices, whatever these are.
     - `derived`: whether gradients are those of this program, and not of the plain
-        function; on `"any"` and `"mesh"` alone. There are no derivatives forwards then.
+        function. There are no derivatives forwards then: on `"any"` never, otherwise
+        where there is an accelerator.
     """
 
     def decorate(other: Callable) -> Callable:
@@ -165,15 +159,100 @@ def replaces(
 
 @contextlib.contextmanager
 def plain() -> Iterator[None]:
-    """Inside, only plain functions run. Compiled programs are dropped at both ends, because
-    they do not know how they were made."""
-    before, _switch["plain"] = _switch["plain"], True
+    """Inside, only plain functions run."""
+    with _switched("plain", True):
+        yield
+
+
+@contextlib.contextmanager
+def made_for(platform: str) -> Iterator[None]:
+    """Inside, programs are made for a platform that need not be here: `"tpu"`, say."""
+    with _switched("target", platform):
+        yield
+
+
+@contextlib.contextmanager
+def _switched(name: str, value) -> Iterator[None]:
+    """Compiled programs are dropped at both ends, because they do not know how they were
+    made."""
+    before, _switch[name] = _switch[name], value
     jax.clear_caches()
     try:
         yield
     finally:
-        _switch["plain"] = before
+        _switch[name] = before
         jax.clear_caches()
+
+
+def on_one_device(function: Callable, *args: PyTree) -> PyTree:
+    """A replaceable function of a batch that lies on one device: the program of its
+    platform."""
+    ways = {"plain": jax.vmap(function.plain), **function.others}
+    return _where_it_runs(ways, args)
+
+
+def _rows_together(
+    programs: Callable[[], Mapping[str, Callable]],
+    is_shared: Sequence[bool],
+    out_is_shared: Sequence[bool],
+) -> Callable:
+    """A function of a batch. Under `vmap`, also under several, it sees all rows together.
+
+    **Arguments:**
+
+    - `programs`: gives what computes it, by the place that it is for. Each returns a tuple.
+    - `is_shared`: which arguments have no rows.
+    - `out_is_shared`: which outputs have none.
+    """
+
+    @custom_vmap
+    def on_batch(*args):
+        ways = dict(programs())
+        if any(map(_on_a_mesh, jax.tree.leaves(args))):
+            return ways.get("mesh", ways["plain"])(*args)
+        return _where_it_runs(ways, args)
+
+    @on_batch.def_vmap
+    def on_batches(size, batched, *args):
+        is_batched = [any(jax.tree.leaves(leaves)) for leaves in batched]
+        if any(b and alone for b, alone in zip(is_batched, is_shared)):
+            in_axes = jax.tree.map(lambda leaf: 0 if leaf else None, tuple(batched))
+            out = jax.vmap(programs()["plain"], in_axes)(*args)
+            return out, jax.tree.map(lambda _: True, out)
+
+        def merged(leaf, is_batched):
+            if not is_batched:
+                leaf = jnp.broadcast_to(leaf[None], (size, *leaf.shape))
+            return leaf.reshape(-1, *leaf.shape[2:])
+
+        out = on_batch(
+            *(
+                arg if alone else jax.tree.map(merged, arg, leaves)
+                for arg, leaves, alone in zip(args, batched, is_shared)
+            )
+        )
+        split = lambda x: x.reshape(size, -1, *x.shape[1:])
+        parts = zip(out, out_is_shared)
+        out = tuple(part if alone else jax.tree.map(split, part) for part, alone in parts)
+        parts = zip(out, out_is_shared)
+        return out, tuple(jax.tree.map(lambda _: not a, part) for part, a in parts)
+
+    return on_batch
+
+
+def _where_it_runs(ways: Mapping[str, Callable], args: Sequence[PyTree]) -> PyTree:
+    here = {name: way for name, way in ways.items() if name in ("cpu", _target())}
+    default = ways.get("any", ways["plain"])
+    return jax.lax.platform_dependent(*args, **here, default=default)
+
+
+def _target() -> str:
+    """The platform that programs are made for. There is always a CPU besides it."""
+    if _switch["target"] is not None:
+        return _switch["target"]
+    backend = jax.extend.backend.get_backend()
+    is_cuda = backend.platform == "gpu" and "cuda" in backend.platform_version
+    return "cuda" if is_cuda else backend.platform
 
 
 def _on_a_mesh(leaf) -> bool:

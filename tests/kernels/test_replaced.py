@@ -57,6 +57,13 @@ def of_attend_ring(rng, dtype):
             )
 
 
+def of_attend_sequence(rng, dtype):
+    texts = jnp.asarray(np.repeat([3, 0, 1, -1], [10, 1, 60, 29]), jnp.int32)
+    for seq, window, segments in (1, 4, None), (7, None, None), (100, 9, texts):
+        shape = lambda heads: normal(rng, seq, heads, 16, dtype=dtype)
+        yield shape(4), shape(2), shape(2), attention.Band(segments, window)
+
+
 def of_mix(rng, dtype):
     for seq, n_experts, top_k in (1, 4, 2), (30, 4, 2), (150, 4, 3), (6, 1, 1):
         make = lambda key: FeedForward(8, 12, dtype=dtype, key=key)
