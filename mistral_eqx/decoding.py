@@ -82,7 +82,7 @@ def prefill(
     """
     prompts = checked_prompts(prompts, model.config.vocab_size)
     max_tokens = arguments.integer("max_tokens", max_tokens)
-    chunk = checked_chunk(chunk, model.config.smallest_window)
+    chunk = checked_chunk(chunk, model.config)
     length = max(len(prompt) for prompt in prompts)
     if cache is None:
         length = padded_length(length, chunk)

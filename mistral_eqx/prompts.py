@@ -1,5 +1,6 @@
 """What is asked of the engine, checked, and laid out in the few shapes that it compiles."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,21 +8,41 @@ import numpy as np
 
 from . import arguments
 from .cache import Cache
+from .config import ModelConfig
+from .devices.chips import Chip, chip_here
 from .devices.processes import to_host
 
 
-def default_chunk(window: int | None) -> int:
-    """The most tokens of a prompt that go through the model at once: the power of two that
-    fits in the window, between 128 and 256. Fewer would leave a device idle, and more make
-    the ring longer than it need be."""
-    return 256 if window is None else min(256, max(128, 1 << (window.bit_length() - 1)))
+def default_chunk(config: ModelConfig, chip: Chip | None = None) -> int:
+    """The most tokens of a prompt that go through the model at once.
+
+    With few tokens a chip waits for weights. It multiplies for as long as it reads if there
+    are as many tokens as it has operations for each byte: a token needs two operations for
+    every weight of two bytes. (Each expert of a Mixtral gets only some of the tokens.) So
+    this is the power of two from there on, 256 at least. More would take memory, and where
+    there is a window, make the ring longer than it need be.
+
+    **Arguments:**
+
+    - `chip`: what it is for; by default what this process has.
+    """
+    chip, window = chip or chip_here(), config.smallest_window
+    chunk = 256
+    if chip is not None and not math.isnan(chip.operations):
+        tokens = chip.operations / chip.bandwidth
+        if config.moe is not None:
+            tokens *= config.moe.num_experts / config.moe.num_experts_per_tok
+        chunk = min(2048, max(256, next_power_of_two(math.ceil(tokens))))
+    if window is not None:
+        chunk = min(chunk, max(128, 1 << (window.bit_length() - 1)))
+    return chunk
 
 
-def checked_chunk(chunk: int | None, window: int | None) -> int:
+def checked_chunk(chunk: int | None, config: ModelConfig) -> int:
     """The chunk that was asked for, or the default. Raises `TypeError` for what is no
     number, `ValueError` below 1."""
     if chunk is None:
-        return default_chunk(window)
+        return default_chunk(config)
     return arguments.integer("chunk", chunk, least=1, most=2**20)
 
 

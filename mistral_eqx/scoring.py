@@ -73,7 +73,7 @@ def score(
     alternatives = checked_alternatives(alternatives, model.config.vocab_size)
     if len(tokens) < 2:
         raise ValueError("A text of one token has nothing to score.")
-    chunk = checked_chunk(chunk, model.config.smallest_window)
+    chunk = checked_chunk(chunk, model.config)
     inputs = np.asarray(tokens[:-1], np.int32)
     targets = np.asarray(tokens[1:], np.int32)
     capacity = next_power_of_two(len(inputs))

@@ -218,7 +218,7 @@ def test_history_is_computed_once_and_right(version, window, monkeypatch):
         assert talk.messages == [*before, {"role": "assistant", "content": answer}]
         mine = len(mx.encode_chat(tokenizer, before))
         # `read` has the whole of the stateless call too.
-        told = sum(read) - prompts.padded_length(mine, prompts.default_chunk(window))
+        told = sum(read) - prompts.padded_length(mine, prompts.default_chunk(model.config))
     assert told < 40 < mine
     talk.reset()
     assert talk.messages == [{"role": "system", "content": "Answer in verse."}]

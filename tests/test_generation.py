@@ -1,4 +1,5 @@
 import collections
+import dataclasses
 
 import equinox as eqx
 import jax
@@ -18,6 +19,8 @@ from mistral_eqx import (
     scoring,
 )
 from mistral_eqx.decoding import BLOCK, DecodeState
+from mistral_eqx.devices.chips import CHIPS
+from mistral_eqx.files.released import RELEASED
 from mistral_eqx.prompts import default_chunk
 
 
@@ -306,7 +309,28 @@ def test_score_of_a_long_text(traced):
     [(1, 128), (64, 128), (255, 128), (256, 256), (4096, 256), (None, 256)],
 )
 def test_default_chunk(window, chunk):
-    assert default_chunk(window) == chunk
+    assert default_chunk(random_model(sliding_window=window).config) == chunk
+
+
+@pytest.mark.parametrize(
+    "name, model, chunk",
+    [
+        ("v5e", "mistral-7b-v0.3", 256),
+        ("h100", "mistral-7b-v0.3", 512),
+        ("v6e", "mistral-7b-v0.3", 1024),
+        # Eight experts share the tokens, and two take each.
+        ("v5e", "mixtral-8x7b", 1024),
+        ("h100", "mixtral-8x7b", 2048),
+    ],
+)
+def test_a_chunk_for_a_chip(name, model, chunk):
+    """So many tokens that it multiplies for as long as it reads weights."""
+    chip, config = CHIPS[name], RELEASED[model]
+    assert default_chunk(config, chip) == chunk
+    share = 1 if config.moe is None else 2 / 8
+    assert chunk / 2 < chip.operations / chip.bandwidth / share <= chunk or chunk == 256
+    narrow = dataclasses.replace(config, sliding_window=200)
+    assert default_chunk(narrow, chip) == 128
 
 
 def test_window_of_one():

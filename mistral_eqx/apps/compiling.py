@@ -70,7 +70,7 @@ def compile_programs(
     if quantize is not None:
         held = eqx.filter_eval_shape(quantized.quantize, whole, quantize)
     place = _Places(mesh, devices[:n], held)
-    chunk = default_chunk(config.smallest_window)
+    chunk = default_chunk(config, info)
 
     def make_state(model, cache):
         logits = jnp.zeros((batch, config.vocab_size), jnp.float32)
@@ -78,7 +78,8 @@ def compile_programs(
         return DecodeState.start(model, cache, logits, **options)
 
     bare = jax.tree.map(_bare, place.model)
-    cache = cache_skeleton(bare, rows=batch, context=context, dtype=dtype)
+    sizes = {"rows": batch, "context": context, "chunk": chunk}
+    cache = cache_skeleton(bare, **sizes, dtype=dtype)
     state = place.state(eqx.filter_eval_shape(make_state, bare, cache))
     cache = place.cache(cache)
     tokens = place.rows(jax.ShapeDtypeStruct((batch, chunk), jnp.int32))

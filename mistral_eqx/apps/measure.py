@@ -321,7 +321,7 @@ def _time_at(model: Transformer, batch: int, length: int, repeats: int) -> dict[
     cache = make_cache(
         model,
         jnp.zeros(batch, jnp.int32),
-        chunk=default_chunk(model.config.smallest_window),
+        chunk=default_chunk(model.config),
         max_length=next_power_of_two(length),
     )
     # The steps that are timed end at this length.

@@ -3,7 +3,7 @@
 import argparse
 
 from ..config import ModelConfig
-from ..devices.chips import CHIPS
+from ..devices.chips import CHIPS, chip_named
 from ..devices.mesh import parse_mesh
 from ..files.folders import read_config
 from ..files.inspection import in_units, plan
@@ -67,6 +67,7 @@ def run(options: argparse.Namespace) -> None:
         context=options.context,
         dtype=options.dtype,
         quantize=options.quantize,
+        chip=None if options.compile is None else chip_named(options.compile),
     )
     for name, value in told.items():
         print(f"{name:<12}{value}")

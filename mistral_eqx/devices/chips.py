@@ -21,6 +21,8 @@ class Chip:
     **Attributes:**
 
     - `platform`: JAX's name for it: `"tpu"` or `"cuda"`.
+    - `kinds`: how the names begin that JAX has for the kinds of such devices.
+    - `operations`: in products of bfloat16, a second.
     - `bandwidth`: of its memory, in bytes a second.
     - `memory`: in bytes.
     - `cores`: of a GPU.
@@ -28,6 +30,8 @@ class Chip:
     """
 
     platform: str
+    kinds: tuple[str, ...]
+    operations: float
     bandwidth: float
     memory: float
     cores: int = 0
@@ -36,15 +40,15 @@ class Chip:
 
 # From the makers' data sheets.
 CHIPS = {
-    "v5e": Chip("tpu", 819e9, 16e9),
-    "v5p": Chip("tpu", 2.765e12, 95e9),
-    "v6e": Chip("tpu", 1.64e12, 32e9),
-    "tpu7x": Chip("tpu", 7.37e12, 192e9),
-    "a100": Chip("cuda", 2.039e12, 80e9, 108, (8, 0)),
-    "h100": Chip("cuda", 3.352e12, 80e9, 132, (9, 0)),
-    "h200": Chip("cuda", 4.8e12, 141e9, 132, (9, 0)),
-    # The machine itself, whose memory's bandwidth only a measurement tells.
-    "cpu": Chip("cpu", math.nan, math.nan),
+    "v5e": Chip("tpu", ("TPU v5 lite", "TPU v5e"), 197e12, 819e9, 16e9),
+    "v5p": Chip("tpu", ("TPU v5",), 459e12, 2.765e12, 95e9),
+    "v6e": Chip("tpu", ("TPU v6",), 918e12, 1.64e12, 32e9),
+    "tpu7x": Chip("tpu", ("TPU7", "TPU v7"), 2307e12, 7.37e12, 192e9),
+    "a100": Chip("cuda", ("NVIDIA A100",), 312e12, 2.039e12, 80e9, 108, (8, 0)),
+    "h100": Chip("cuda", ("NVIDIA H100",), 989e12, 3.352e12, 80e9, 132, (9, 0)),
+    "h200": Chip("cuda", ("NVIDIA H200",), 989e12, 4.8e12, 141e9, 132, (9, 0)),
+    # The machine itself, whose speed only a measurement tells.
+    "cpu": Chip("cpu", ("cpu",), math.nan, math.nan, math.nan),
 }
 _INSTALL = {
     "tpu": "pip install 'mistral_eqx[tpu-compiler]', for Linux on x86",
@@ -69,6 +73,20 @@ device_description_str: "{name}"
 """
 
 
+def chip_here() -> Chip | None:
+    """What this process has; `None` if it is none of those above."""
+    kind = jax.devices()[0].device_kind
+    return next((chip for chip in CHIPS.values() if kind.startswith(chip.kinds)), None)
+
+
+def chip_named(name: str) -> Chip:
+    """The chip of `"v5e:2x4"` or `"h100"`. Raises `ValueError` for another name."""
+    kind = name.partition(":")[0]
+    if kind not in CHIPS:
+        raise ValueError(f"There is no chip {kind!r}: it is one of {', '.join(CHIPS)}.")
+    return CHIPS[kind]
+
+
 def described_devices(name: str) -> tuple[Chip, list[jax.Device]]:
     """Devices to compile for and nothing else.
 
@@ -83,10 +101,7 @@ def described_devices(name: str) -> tuple[Chip, list[jax.Device]]:
     `ValueError` for another name; `ImportError` without the compiler, which says what to
     install.
     """
-    kind, _, shape = name.partition(":")
-    if kind not in CHIPS:
-        raise ValueError(f"There is no chip {kind!r}: it is one of {', '.join(CHIPS)}.")
-    chip = CHIPS[kind]
+    chip, (kind, _, shape) = chip_named(name), name.partition(":")
     if chip.platform != "tpu" and shape:
         raise ValueError(f"{name}: only a TPU comes in slices. Say {kind}.")
     if chip.platform == "cpu":

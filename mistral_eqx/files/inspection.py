@@ -16,10 +16,12 @@ from jaxtyping import PyTree
 
 from ..cache import Cache
 from ..config import ModelConfig
+from ..devices.chips import Chip, chip_here
 from ..devices.mesh import row_groups
 from ..devices.sharding import cache_shardings, shardings
 from ..devices.stages import in_stages
 from ..kernels import quantized
+from ..kernels.rings import SCORES
 from ..prompts import default_chunk, next_power_of_two
 from ..tokenizer import check_vocabulary, load_tokenizer
 from ..transformer import Transformer
@@ -86,6 +88,7 @@ def plan(
     context: int = 4096,
     dtype: DTypeLike = jnp.bfloat16,
     quantize: str | None = None,
+    chip: Chip | None = None,
 ) -> dict[str, str]:
     """What every device of a mesh will hold, under a few headings.
 
@@ -96,6 +99,7 @@ def plan(
     - `batch`, `context`: how many rows of how many tokens the cache is to hold.
     - `dtype`: of the weights and the cache.
     - `quantize`: `"int8"` or `"int4"`, if the weights are to be quantized.
+    - `chip`: of which the mesh is; by default what this process has.
 
     **Raises:**
 
@@ -114,21 +118,25 @@ def plan(
     complete = places.norm.weight.mesh
     n_groups = row_groups(complete)
     rows = -(-batch // n_groups) * n_groups
-    chunk = default_chunk(config.smallest_window)
-    cache = cache_skeleton(model, rows=rows, context=context, dtype=dtype)
+    chip, n_devices = chip or chip_here(), math.prod(mesh.values())
+    chunk = default_chunk(config, chip)
+    sizes = {"rows": rows, "context": context, "chunk": chunk}
+    cache = cache_skeleton(model, **sizes, dtype=dtype)
     weights, weights_here = _held(model, places)
     cached, cached_here = _held(cache, cache_shardings(cache, complete))
     # What a chunk of a prompt needs at once, in float32: the scores of a layer and their
     # softmax, or the insides of its feed-forward network, and the logits.
     n, rows_here = mesh.get("model", 1), rows // n_groups
-    scores = 2 * config.n_heads * max(cache.slots)
-    inside = 3 * config.hidden_dim
-    at_once = rows_here // math.gcd(rows_here, mesh.get("pipe", 1))
-    work = at_once * chunk * (max(scores, inside) // n) + rows_here * 3 * config.vocab_size
+    tokens = chunk * (rows_here // math.gcd(rows_here, mesh.get("pipe", 1)))
+    scores = tokens * config.n_heads * max(cache.slots)
+    # On accelerators and on many devices the scores are made in blocks.
+    if n_devices > 1 or chip is not None and chip.platform != "cpu":
+        scores = min(scores, SCORES)
+    inside = tokens * 3 * config.hidden_dim
+    work = max(2 * scores, inside) // n + rows_here * 3 * config.vocab_size
     work *= jnp.dtype(jnp.float32).itemsize
     total = weights_here + cached_here + work
     fits = (f"{size} GB: {'yes' if total <= 0.9 * size * GB else 'no'}" for size in _SIZES)
-    n_devices = math.prod(mesh.values())
     return {
         "model": f"{', '.join(names_of(config)) or 'a Mistral'}: {parameters:,} parameters",
         "mesh": " x ".join(f"{axis} {size}" for axis, size in mesh.items())
@@ -144,14 +152,15 @@ def plan(
 
 
 def cache_skeleton(
-    model: Transformer, *, rows: int, context: int, dtype: DTypeLike
+    model: Transformer, *, rows: int, context: int, chunk: int, dtype: DTypeLike
 ) -> Cache:
-    """The cache that a skeleton of a model makes for prompts of so many rows and tokens."""
+    """The cache that a skeleton of a model makes for prompts of so many rows and tokens,
+    read in such chunks."""
 
     def make():
         return model.empty_cache(
             jnp.zeros(rows, jnp.int32),
-            chunk=default_chunk(model.config.smallest_window),
+            chunk=chunk,
             max_length=next_power_of_two(context),
             dtype=dtype,
         )

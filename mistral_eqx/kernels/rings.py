@@ -7,14 +7,17 @@ that of Milakov and Gimelshein (arXiv 1805.02867), as in FlashAttention (arXiv 2
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int32
 
 from .. import attention
 from .replaced import replaces
 
 
-# How many slots are read at a time. Rings that are not longer are read at once.
-BLOCK = 2048
+# How many slots are read at a time: so many that there are at most SCORES scores. Rings
+# that are not longer are read at once.
+BLOCKS = (2048, 1024, 512, 256)
+SCORES = 2**24
 
 
 @replaces(attention.attend_ring, on="any")
@@ -29,14 +32,20 @@ def attend_blocks(
     """[`mistral_eqx.attention.attend_ring`][]."""
     batch, seq, heads, head_dim = queries.shape
     _, kv_heads, slots, _ = keys.shape
-    if slots <= BLOCK or slots % BLOCK != 0:
+    fitting = (size for size in BLOCKS if batch * heads * seq * size <= SCORES)
+    block = next(fitting, BLOCKS[-1])
+    if slots <= block or slots % block != 0:
         return jax.vmap(attention.attend)(queries, keys, values, mask)
+    # Without this the compiler turns the rings of a batch around before it decodes a block
+    # of tokens, and back after it, and needs memory for a second cache.
+    as_they_lie = lambda ring: with_layout_constraint(ring, Layout((0, 1, 2, 3)))
+    keys, values = as_they_lie(keys), as_they_lie(values)
     groups, lowest = heads // kv_heads, jnp.finfo(jnp.float32).min
     rows = queries.reshape(batch, seq, kv_heads, groups, head_dim).astype(keys.dtype)
 
     def add(i, sums):
         top, total, out = sums
-        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, i * BLOCK, BLOCK, axis=2)
+        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, i * block, block, axis=2)
         seen = cut(mask)[:, None, None]
         scores = jnp.einsum(
             "btkgd,bksd->bkgts", rows, cut(keys), preferred_element_type=jnp.float32
@@ -58,7 +67,7 @@ def attend_blocks(
 
     shape = (batch, kv_heads, groups, seq)
     sums = jnp.full(shape, lowest), jnp.zeros(shape), jnp.zeros((*shape, head_dim))
-    n_blocks = (jnp.minimum(length, slots) + BLOCK - 1) // BLOCK
+    n_blocks = (jnp.minimum(length, slots) + block - 1) // block
     _, total, out = jax.lax.fori_loop(0, n_blocks, add, sums)
     out = (out / total[..., None]).transpose(0, 3, 1, 2, 4)
     return out.reshape(batch, seq, heads, head_dim).astype(queries.dtype)

@@ -147,7 +147,7 @@ def test_a_batch_is_its_rows(name, dtype):
 def test_a_ring_in_blocks(dtype, block, monkeypatch):
     """As accelerators and meshes read it: the same, whatever is written, also where a
     whole block shows a query nothing."""
-    monkeypatch.setattr(rings, "BLOCK", block)
+    monkeypatch.setattr(rings, "BLOCKS", (block,))
     rng, n = np.random.default_rng(2), 0
     run = jax.jit(lambda *arguments: rings.attend_blocks(*arguments))
     expect = jax.jit(jax.vmap(attention.attend))
@@ -162,7 +162,7 @@ def test_a_ring_in_blocks(dtype, block, monkeypatch):
 
 
 def test_unwritten_blocks_are_not_read(monkeypatch):
-    monkeypatch.setattr(rings, "BLOCK", 16)
+    monkeypatch.setattr(rings, "BLOCKS", (16,))
     queries, ring = jnp.ones((1, 1, 2, 8)), jnp.full((1, 1, 64, 8), jnp.nan)
     ring = ring.at[:, :, :20].set(1.0).at[:, :, 20:32].set(0.0)
     mask = jnp.arange(64)[None, None] < 20
