@@ -4,7 +4,7 @@ import equinox as eqx
 import jax
 import numpy as np
 
-import exercises
+from exercises import ex05
 
 
 # A Python int is no array: filter_jit holds it for a constant of the program.
@@ -12,7 +12,7 @@ culprit = "C"
 culprit_wrong = "A"
 
 
-buckets = [int(np.quantile(exercises.LENGTHS, q)) for q in (0.6, 0.85, 0.95, 1.0)]
+buckets = [int(np.quantile(ex05.LENGTHS, q)) for q in (0.6, 0.85, 0.95, 1.0)]
 buckets_wrong = [64, 128, 256, 512]
 
 

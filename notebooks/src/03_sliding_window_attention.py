@@ -449,7 +449,7 @@ def masked(n, window):  # full attention under a mask
 # query of it may see. The mask then only trims the edges of the band.
 
 # %%
-nb.show_source(mx.Attention._attend_sequence)
+nb.show_source(mx.attention.attend_sequence)
 
 
 # %%
