@@ -175,7 +175,7 @@ def test_other_ways_in():
 
 def test_a_ring_in_blocks(monkeypatch):
     """Long rings are read in blocks on a mesh: made short here, to be read so."""
-    monkeypatch.setattr(rings, "BLOCK", 4)
+    monkeypatch.setattr(rings, "BLOCKS", (4,))
     jax.clear_caches()
     plain, model = model_for("data=2,model=2"), sharded("data=2,model=2")
     options = {"max_tokens": 20, "chunk": 4, "key": jax.random.key(1)}
