@@ -58,16 +58,14 @@ def replaceable(*, shared: tuple[str, ...] = ()) -> Callable[[Callable], Callabl
         derived: set[str] = set()
 
         def programs() -> dict[str, Callable]:
-            in_tuple = lambda way: lambda *args: (way(*args),)
-            ways = {"plain": batched_plain, **others}
-            return {place: in_tuple(way) for place, way in ways.items()}
+            return {"plain": batched_plain, **others}
 
-        on_batch = _rows_together(programs, is_shared, (False,))
+        on_batch = _rows_together(programs, is_shared)
 
         # A `custom_vmap` alone has no derivative in reverse.
         @jax.custom_jvp
         def differentiable(*args):
-            return on_batch(*args)[0]
+            return on_batch(*args)
 
         # Symbolic zeros: a weight that is not trained has no gradient to be computed.
         @functools.partial(differentiable.defjvp, symbolic_zeros=True)
@@ -87,15 +85,19 @@ def replaceable(*, shared: tuple[str, ...] = ()) -> Callable[[Callable], Callabl
         # If other programs have gradients of their own, these are what is computed.
         @eqx.filter_custom_vjp
         def in_reverse(args):
-            return on_batch(*args)[0]
+            return on_batch(*args)
 
         @in_reverse.def_fwd
         def forward(perturbed, args):
-            return on_batch(*args)[0], None
+            return on_batch(*args), None
 
         @in_reverse.def_bwd
         def backward(_, grads, perturbed, args):
             moving, still = eqx.partition(args, perturbed)
+            # A shared argument has a gradient for each row, if those are asked for.
+            alone = [part for part, alone in zip(moving, is_shared) if alone]
+            if jax.tree.leaves(alone):
+                return _run(gradient_programs(), (grads, *moving, *still))
             return gradients(grads, *moving, *still)
 
         def pulled_back(way: Callable) -> Callable:
@@ -111,7 +113,7 @@ def replaceable(*, shared: tuple[str, ...] = ()) -> Callable[[Callable], Callabl
             return {place: pulled_back(way) for place, way in ways.items()}
 
         alone = (False, *is_shared, *is_shared)
-        gradients = _rows_together(gradient_programs, alone, is_shared)
+        gradients = _rows_together(gradient_programs, alone)
 
         @functools.wraps(plain)
         def call(*args):
@@ -194,23 +196,18 @@ def on_one_device(function: Callable, *args: PyTree) -> PyTree:
 def _rows_together(
     programs: Callable[[], Mapping[str, Callable]],
     is_shared: Sequence[bool],
-    out_is_shared: Sequence[bool],
 ) -> Callable:
     """A function of a batch. Under `vmap`, also under several, it sees all rows together.
 
     **Arguments:**
 
-    - `programs`: gives what computes it, by the place that it is for. Each returns a tuple.
+    - `programs`: gives what computes it, by the place that it is for.
     - `is_shared`: which arguments have no rows.
-    - `out_is_shared`: which outputs have none.
     """
 
     @custom_vmap
     def on_batch(*args):
-        ways = dict(programs())
-        if any(map(_on_a_mesh, jax.tree.leaves(args))):
-            return ways.get("mesh", ways["plain"])(*args)
-        return _where_it_runs(ways, args)
+        return _run(programs(), args)
 
     @on_batch.def_vmap
     def on_batches(size, batched, *args):
@@ -232,12 +229,15 @@ def _rows_together(
             )
         )
         split = lambda x: x.reshape(size, -1, *x.shape[1:])
-        parts = zip(out, out_is_shared)
-        out = tuple(part if alone else jax.tree.map(split, part) for part, alone in parts)
-        parts = zip(out, out_is_shared)
-        return out, tuple(jax.tree.map(lambda _: not a, part) for part, a in parts)
+        return jax.tree.map(split, out), jax.tree.map(lambda _: True, out)
 
     return on_batch
+
+
+def _run(ways: Mapping[str, Callable], args: Sequence[PyTree]) -> PyTree:
+    if any(map(_on_a_mesh, jax.tree.leaves(args))):
+        return ways.get("mesh", ways["plain"])(*args)
+    return _where_it_runs(ways, args)
 
 
 def _where_it_runs(ways: Mapping[str, Callable], args: Sequence[PyTree]) -> PyTree:
