@@ -37,7 +37,7 @@ from .heads.classifier import Classifier as Classifier
 from .heads.texts import classify as classify, embed as embed
 
 # What stands in these modules takes the place of plain functions of the model.
-from .kernels import (  # noqa: F401  # noqa: F401
+from .kernels import (  # noqa: F401
     cpu as _cpu,
     cuda as _cuda,
     experts as _experts,

@@ -146,29 +146,25 @@ def recap() -> None:
 def guess(what: str, guessed, measured, why: dict | None = None) -> None:
     """Puts a prediction next to what was measured. `None` is no prediction: then the
     answer is folded away. `why` says, for each tempting answer, why it is not the one."""
-    answer, reasons = f"it is **{_short(measured)}**", dict(why or {})
+    answer, reasons = f"**{_short(measured)}**", why or {}
     if guessed is None:
-        told = "\n\n".join(
-            f"*Not {tempting}*: {reason}" for tempting, reason in reasons.items()
-        )
-        say(
-            f"**{what}**: you have not guessed.\n\n<details><summary>What it is</summary>"
-            f"\n\n{answer.capitalize()}.\n\n{told}\n\n</details>"
-        )
+        told = [f"*Not {tempting}*: {reason}" for tempting, reason in reasons.items()]
+        folded = ["<details><summary>What it is</summary>", f"It is {answer}.", *told]
+        paragraphs = [f"**{what}**: you have not guessed.", *folded, "</details>"]
+        say("\n\n".join(paragraphs))
     elif guessed == measured:
-        say(f"**{what}**: you said {guessed}, and {answer}.")
+        say(f"**{what}**: you said {guessed}, and it is {answer}.")
     else:
         reason = reasons.get(guessed, "")
-        say(f"**{what}**: you said {guessed}; {answer}. {reason}".strip())
+        say(f"**{what}**: you said {guessed}; it is {answer}. {reason}".strip())
 
 
 def knob(value, *, of: Sequence):
     """A number of a notebook that a reader may change: `slots = nb.knob(8, of=(4, 8, 16))`.
-    The tests run its section with every value that it may have; others are refused."""
+    Values that are not in `of` are refused."""
     if value not in of:
-        raise ValueError(
-            f"This knob cannot be {value}: choose one of {', '.join(map(str, of))}."
-        )
+        choices = ", ".join(map(str, of))
+        raise ValueError(f"This knob cannot be {value}: choose one of {choices}.")
     return value
 
 

@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 
 from ..config import ModelConfig
 from ..decoding import DecodeState, decode, prefill_chunk
-from ..devices.chips import CHIPS, described_devices
+from ..devices.chips import chip_named, described_devices
 from ..devices.programs import Program, read_program
 from ..devices.sharding import (
     cache_shardings,
@@ -78,8 +78,7 @@ def compile_programs(
         return DecodeState.start(model, cache, logits, **options)
 
     bare = jax.tree.map(_bare, place.model)
-    sizes = {"rows": batch, "context": context, "chunk": chunk}
-    cache = cache_skeleton(bare, **sizes, dtype=dtype)
+    cache = cache_skeleton(bare, rows=batch, context=context, chunk=chunk, dtype=dtype)
     state = place.state(eqx.filter_eval_shape(make_state, bare, cache))
     cache = place.cache(cache)
     tokens = place.rows(jax.ShapeDtypeStruct((batch, chunk), jnp.int32))
@@ -99,7 +98,7 @@ def compile_programs(
 def bound(program: Program, chip: str, batch: int) -> float | None:
     """The most tokens a second that decode steps can make if a chip's memory is read at its
     full bandwidth, everything that comes in once; `None` if that is not known."""
-    bandwidth = CHIPS[chip.partition(":")[0]].bandwidth
+    bandwidth = chip_named(chip).bandwidth
     if math.isnan(bandwidth):
         return None
     return batch * bandwidth / program.arguments

@@ -1,13 +1,12 @@
 """Attention of whole sequences on many devices: each attends with its own heads, to its own
 rows."""
 
-import jax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from .. import attention
-from ..kernels.replaced import on_one_device, replaces
-from .mesh import MODEL, mesh_of_array, rows_spec
+from ..kernels.replaced import replaces
+from .mesh import MODEL, mesh_of_array, on_each_device, rows_spec
 
 
 @replaces(attention.attend_sequence, on="mesh", derived=True)
@@ -19,20 +18,16 @@ def attend_where_heads_are(
 ) -> Float[Array, "batch seq heads head_dim"]:
     """[`mistral_eqx.attention.attend_sequence`][]. A kernel is for one device, and the
     compiler cannot divide it."""
-    mesh, arguments = mesh_of_array(queries), (queries, keys, values, band)
+    mesh = mesh_of_array(queries)
     if mesh is None:
-        return jax.vmap(attention.attend_sequence.plain)(*arguments)
-    kinds = zip(mesh.axis_names, mesh.axis_types)
+        return attention.attend_sequence.batched(queries, keys, values, band)
     (rows,) = rows_spec(queries.shape[0], mesh)
     query_heads = PartitionSpec(rows, None, MODEL)
     kv_heads = PartitionSpec(rows, None, "model")
-    run_here = jax.shard_map(
-        lambda *arguments: on_one_device(attention.attend_sequence, *arguments),
-        mesh=mesh,
+    run = on_each_device(
+        attention.attend_sequence.on_one_device,
+        mesh,
         in_specs=(query_heads, kv_heads, kv_heads, PartitionSpec(rows)),
         out_specs=query_heads,
-        # A kernel wants all axes to be divided by hand. In a pipeline one is already.
-        axis_names={axis for axis, kind in kinds if kind is not AxisType.Manual},
-        check_vma=False,
     )
-    return jax.jit(run_here)(*arguments)
+    return run(queries, keys, values, band)

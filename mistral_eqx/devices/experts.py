@@ -9,7 +9,7 @@ from ..kernels.experts import dispatch
 from ..kernels.replaced import replaces
 from ..layers import FeedForward
 from ..moe import mix
-from .mesh import MODEL, mesh_of_array, rows_spec
+from .mesh import MODEL, mesh_of_array, on_each_device, rows_spec
 
 
 @replaces(mix, on="mesh", derived=True)
@@ -41,17 +41,15 @@ def mix_where_experts_are(
         return PartitionSpec("expert", None, None if is_whole else MODEL)
 
     rows, each = rows_spec(x.shape[0], mesh), n_experts // mesh.shape["expert"]
-    run_here = jax.shard_map(
+    run = on_each_device(
         here,
-        mesh=mesh,
+        mesh,
         in_specs=(
             PartitionSpec("expert"),
             jax.tree_util.tree_map_with_path(spec, experts),
             *(rows, rows, rows),
         ),
         out_specs=rows,
-        axis_names=set(mesh.axis_names) - {"pipe"},
-        check_vma=False,
     )
     first = jnp.arange(0, n_experts, each, dtype=jnp.int32)
-    return jax.jit(run_here)(first, experts, x, chosen, weights).reshape(shape)
+    return run(first, experts, x, chosen, weights).reshape(shape)

@@ -16,12 +16,12 @@ the model that they are for.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import equinox as eqx
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from ..config import ModelConfig
 
@@ -108,6 +108,27 @@ def mesh_of_array(array: Array) -> Mesh | AbstractMesh | None:
     sharding = jax.typeof(array).sharding if traced else array.sharding
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
     return mesh if mesh is not None and SHARING in mesh.axis_names else None
+
+
+def on_each_device(
+    function: Callable,
+    mesh: Mesh | AbstractMesh,
+    *,
+    in_specs: PyTree[PartitionSpec],
+    out_specs: PyTree[PartitionSpec],
+) -> Callable:
+    """`function` on every device's own part of its arguments."""
+    kinds = zip(mesh.axis_names, mesh.axis_types)
+    run = jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        # A kernel wants all axes to be divided by hand. In a pipeline one is already.
+        axis_names={axis for axis, kind in kinds if kind is not AxisType.Manual},
+        check_vma=False,
+    )
+    return jax.jit(run)
 
 
 def row_groups(mesh: Mesh | AbstractMesh) -> int:

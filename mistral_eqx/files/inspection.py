@@ -120,8 +120,7 @@ def plan(
     rows = -(-batch // n_groups) * n_groups
     chip, n_devices = chip or chip_here(), math.prod(mesh.values())
     chunk = default_chunk(config, chip)
-    sizes = {"rows": rows, "context": context, "chunk": chunk}
-    cache = cache_skeleton(model, **sizes, dtype=dtype)
+    cache = cache_skeleton(model, rows=rows, context=context, chunk=chunk, dtype=dtype)
     weights, weights_here = _held(model, places)
     cached, cached_here = _held(cache, cache_shardings(cache, complete))
     # What a chunk of a prompt needs at once, in float32: the scores of a layer and their

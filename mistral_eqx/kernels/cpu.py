@@ -71,7 +71,7 @@ def lookup(
     """[`mistral_eqx.layers.lookup`][]. The barrier makes the table depend on the tokens.
     Otherwise XLA converts the whole table before the loop of decode steps."""
     tokens, table = jax.lax.optimization_barrier((tokens, table))
-    return jax.vmap(layers.lookup.plain, (0, None))(tokens, table)
+    return layers.lookup.batched(tokens, table)
 
 
 @replaces(rope.turn, on="cpu")
@@ -80,7 +80,7 @@ def turn(
 ) -> tuple[Float32[Array, "batch seq half"], Float32[Array, "batch seq half"]]:
     """[`mistral_eqx.rope.turn`][], written to memory. Otherwise XLA computes the cosine of
     a position again for every head of every layer."""
-    cos, sin = jax.vmap(rope.turn.plain, (0, None))(positions, frequencies)
+    cos, sin = rope.turn.batched(positions, frequencies)
     return computed_once(cos), computed_once(sin)
 
 
@@ -92,7 +92,7 @@ def score(
     """[`mistral_eqx.attention.score`][]: for one token of each row by `sum_of_products`."""
     # With shorter heads the loop is slower than the plain product.
     if queries.shape[2] > 16 or queries.shape[3] < 64:
-        return jax.vmap(attention.score.plain)(queries, keys)
+        return attention.score.batched(queries, keys)
     return sum_of_products(computed_once(queries)[..., :, None, :], keys[..., None, :, :])
 
 

@@ -25,7 +25,7 @@ def attend_sequence(
     # What cuDNN knows on every card.
     knows = dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128
     if not knows and implementation == "cudnn":
-        return jax.vmap(attention.attend_sequence.plain)(queries, keys, values, band)
+        return attention.attend_sequence.batched(queries, keys, values, band)
     # Pads come last, where no token sees them. With a mask, cuDNN needs an even number.
     pad = lambda x: jnp.pad(x, [(0, 0), (0, seq % 2), *((0, 0) for _ in x.shape[2:])])
     queries, keys, values = pad(queries.astype(dtype)), pad(keys), pad(values)

@@ -46,8 +46,9 @@ def replaceable(*, shared: tuple[str, ...] = ()) -> Callable[[Callable], Callabl
 
     **Returns:**
 
-    A decorator. The decorated function has the attributes `plain`, the function itself,
-    and `others`, the programs by their platform.
+    A decorator. The decorated function has the attributes `plain`, the function itself;
+    `batched`, the same for a batch; `on_one_device`, the program for a batch that lies on
+    one device; and `others`, the programs by their platform.
     """
 
     def decorate(plain: Callable) -> Callable:
@@ -95,8 +96,8 @@ def replaceable(*, shared: tuple[str, ...] = ()) -> Callable[[Callable], Callabl
         def backward(_, grads, perturbed, args):
             moving, still = eqx.partition(args, perturbed)
             # A shared argument has a gradient for each row, if those are asked for.
-            alone = [part for part, alone in zip(moving, is_shared) if alone]
-            if jax.tree.leaves(alone):
+            shared_parts = [part for part, alone in zip(moving, is_shared) if alone]
+            if jax.tree.leaves(shared_parts):
                 return _run(gradient_programs(), (grads, *moving, *still))
             return gradients(grads, *moving, *still)
 
@@ -112,8 +113,7 @@ def replaceable(*, shared: tuple[str, ...] = ()) -> Callable[[Callable], Callabl
             ways = {"plain": batched_plain, **{place: others[place] for place in derived}}
             return {place: pulled_back(way) for place, way in ways.items()}
 
-        alone = (False, *is_shared, *is_shared)
-        gradients = _rows_together(gradient_programs, alone)
+        gradients = _rows_together(gradient_programs, (False, *is_shared, *is_shared))
 
         @functools.wraps(plain)
         def call(*args):
@@ -127,7 +127,9 @@ def replaceable(*, shared: tuple[str, ...] = ()) -> Callable[[Callable], Callabl
             out = in_reverse(tuple(rows)) if own else differentiable(*rows)
             return jax.tree.map(lambda x: x[0], out)
 
-        call.plain, call.others, call.derived = plain, others, derived
+        call.plain, call.batched = plain, batched_plain
+        call.others, call.derived = others, derived
+        call.on_one_device = lambda *args: _where_it_runs(programs(), args)
         REPLACEABLE[plain.__name__] = call
         return call
 
@@ -186,16 +188,8 @@ def _switched(name: str, value) -> Iterator[None]:
         jax.clear_caches()
 
 
-def on_one_device(function: Callable, *args: PyTree) -> PyTree:
-    """A replaceable function of a batch that lies on one device: the program of its
-    platform."""
-    ways = {"plain": jax.vmap(function.plain), **function.others}
-    return _where_it_runs(ways, args)
-
-
 def _rows_together(
-    programs: Callable[[], Mapping[str, Callable]],
-    is_shared: Sequence[bool],
+    programs: Callable[[], Mapping[str, Callable]], is_shared: Sequence[bool]
 ) -> Callable:
     """A function of a batch. Under `vmap`, also under several, it sees all rows together.
 

@@ -32,7 +32,7 @@ def attend_sequence(
     batch, seq, heads, head_dim = queries.shape
     kv_heads = keys.shape[2]
     if head_dim % LANES != 0:
-        return jax.vmap(attention.attend_sequence.plain)(queries, keys, values, band)
+        return attention.attend_sequence.batched(queries, keys, values, band)
     block = min(BLOCK, -(-seq // LANES) * LANES)
     padded = -(-seq // block) * block
     # Pads come last, where no token sees them.

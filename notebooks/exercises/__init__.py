@@ -2,7 +2,7 @@
 yet", what is wrong, or "right", and returns `None`, `False` or `True`. The answers are in
 `solutions/`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 
 def verdict(name: str, wrong: str | None, praise: str = "") -> bool:
@@ -24,3 +24,20 @@ def call(function: Callable, *arguments):
         return function(*arguments), None
     except Exception as error:
         return None, f"It raised {type(error).__name__}: {error}"
+
+
+def check_cases(
+    name: str, function: Callable, cases: Iterable[tuple], fault: Callable
+) -> bool | None:
+    """Calls an answer with the arguments of each case, until one is wrong: `fault` gets the
+    answer and the arguments, and says what is, or `None`."""
+    wrong = None
+    for arguments in cases:
+        answer, wrong = call(function, *arguments)
+        if answer is NotImplemented:
+            return todo(name)
+        if wrong is None:
+            wrong = fault(answer, *arguments)
+        if wrong:
+            break
+    return verdict(name, wrong)

@@ -8,53 +8,39 @@ import numpy as np
 
 import mistral_eqx as mx
 
-from . import call, todo, verdict
+from . import call, check_cases, todo, verdict
 
 
 def check_slot(slot: Callable) -> bool | None:
-    wrong = None
-    for position, window in ((0, 64), (63, 64), (64, 64), (150, 64), (7, 3)):
-        answer, wrong = call(slot, position, window)
-        if answer is NotImplemented:
-            return todo("slot")
-        expected = _slot_that_changes(position, window)
-        if wrong is None and answer != expected:
-            wrong = (
-                f"Position {position} in {window} slots goes to {expected}, not {answer}."
-            )
-        if wrong:
-            break
-    return verdict("slot", wrong)
+    def fault(answer, position, slots):
+        expected = _slot_that_changes(position, slots)
+        if answer != expected:
+            return f"Position {position} in {slots} slots goes to {expected}, not {answer}."
+
+    cases = [(0, 64), (63, 64), (64, 64), (150, 64), (7, 3)]
+    return check_cases("slot", slot, cases, fault)
 
 
 def _slot_that_changes(position: int, slots: int) -> int:
     """By writing there: the cache itself is asked."""
-    ring = mx.cache.LayerCache(jnp.zeros((1, slots, 2)), jnp.zeros((1, slots, 2)))
     one = jnp.ones((1, 1, 2))
-    written = ring.write(one, one, jnp.int32(position))
+    written = _ring(slots).write(one, one, jnp.int32(position))
     return int(jnp.argmax(written.keys[0, :, 0]))
 
 
+def _ring(slots: int) -> mx.cache.LayerCache:
+    return mx.cache.LayerCache(jnp.zeros((1, slots, 2)), jnp.zeros((1, slots, 2)))
+
+
 def check_held_by(held_by: Callable) -> bool | None:
-    wrong = None
-    for slot, written, slots in (
-        (20, 150, 64),
-        (22, 150, 64),
-        (5, 5, 64),
-        (0, 1, 8),
-        (7, 64, 8),
-    ):
-        answer, wrong = call(held_by, slot, written, slots)
-        if answer is NotImplemented:
-            return todo("held_by")
-        ring = mx.cache.LayerCache(jnp.zeros((1, slots, 2)), jnp.zeros((1, slots, 2)))
-        index = int(ring.indices(jnp.int32(written))[slot])
+    def fault(answer, slot, written, slots):
+        index = int(_ring(slots).indices(jnp.int32(written))[slot])
         expected = index if index >= 0 else None
-        if wrong is None and answer != expected:
-            wrong = f"Slot {slot} holds {expected} after {written} tokens, not {answer}."
-        if wrong:
-            break
-    return verdict("held_by", wrong)
+        if answer != expected:
+            return f"Slot {slot} holds {expected} after {written} tokens, not {answer}."
+
+    cases = [(20, 150, 64), (22, 150, 64), (5, 5, 64), (0, 1, 8), (7, 64, 8)]
+    return check_cases("held_by", held_by, cases, fault)
 
 
 def check_unrotate(unrotate: Callable) -> bool | None:
