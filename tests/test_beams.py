@@ -51,7 +51,7 @@ def search_both(window, prompts, **options):
             ends = [sequence.index(eos) for eos in eos_ids if eos in sequence]
             sequence = sequence[: min(ends, default=len(sequence))]
         assert beam.tokens == sequence
-        np.testing.assert_allclose(beam.score, scores[i], atol=1e-4)
+        np.testing.assert_allclose(beam.score, scores[i], atol=5e-4)
     return ours
 
 

@@ -35,11 +35,11 @@ def test_a_row_is_the_same_alone_and_in_a_batch(window):
         # The log-probabilities are the model's: those that the finished text is given.
         scored = score(model, prompt + row.tokens, alternatives=3)
         made = slice(len(prompt) - 1, None)
-        np.testing.assert_allclose(row.logprobs, scored.logprobs[made], atol=1e-4)
+        np.testing.assert_allclose(row.logprobs, scored.logprobs[made], atol=5e-4)
         for ours, theirs in zip(row.alternatives, scored.alternatives[made], strict=True):
             assert list(ours) == list(theirs)
             np.testing.assert_allclose(
-                list(ours.values()), list(theirs.values()), atol=1e-4
+                list(ours.values()), list(theirs.values()), atol=5e-4
             )
 
 
@@ -49,7 +49,7 @@ def test_alternatives_are_the_best(n=4):
     logprobs = np.asarray(jax.nn.log_softmax(logits))[:-1]
     scored = score(model, tokens, alternatives=n)
     np.testing.assert_allclose(
-        scored.logprobs, logprobs[np.arange(29), tokens[1:]], atol=1e-4
+        scored.logprobs, logprobs[np.arange(29), tokens[1:]], atol=5e-4
     )
     best = np.argsort(-logprobs, axis=1)[:, :n]
     assert [list(row) for row in scored.alternatives] == best.tolist()
@@ -69,12 +69,12 @@ def test_a_prefix_is_continued_many_times(window, held):
         without = generate(model, prompts, max_tokens=12, **OPTIONS)
         for ours, theirs in zip(with_prefix, without):
             assert ours.tokens == theirs.tokens
-            np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-4)
+            np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=5e-4)
     # A prefill of the rest is the prefill of all.
     rest = random_tokens(21, seed=6)
     _, ours = prefill(model, [rest], cache=cache)
     _, theirs = prefill(model, [base + rest])
-    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    np.testing.assert_allclose(ours, theirs, atol=5e-4)
 
 
 def test_prefixes_of_several_rows():
@@ -99,7 +99,7 @@ def test_a_cache_is_continued_behind_what_was_made():
     whole = [prompt + row[:6].tolist() + [5] for prompt, row in zip(PROMPTS, made)]
     _, ours = prefill(model, [[5]] * 3, cache=cache)
     _, theirs = prefill(model, whole)
-    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    np.testing.assert_allclose(ours, theirs, atol=5e-4)
 
 
 def test_a_row_that_ended_earlier_is_not_continued():
@@ -184,7 +184,7 @@ def test_a_long_prompt_takes_the_memory_of_a_chunk():
     scored = score(model, tokens, chunk=8)
     assert len(scored.logprobs) == 4999
     np.testing.assert_allclose(
-        prefill(model, [tokens[-8:]], chunk=8)[1], logits, atol=1e-4
+        prefill(model, [tokens[-8:]], chunk=8)[1], logits, atol=5e-4
     )  # one layer of window 8 sees no further
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import PARAMS, random_model, random_tokens
+from models import PARAMS, close, random_model, random_tokens
 
 import mistral_eqx as mx
 from mistral_eqx import (
@@ -80,7 +80,7 @@ def test_a_row_does_not_know_its_company(window):
     _, batch = prefill(model, PROMPTS, max_tokens=BLOCK)
     for prompt, logits in zip(PROMPTS, batch):
         _, alone = prefill(model, [prompt], max_tokens=BLOCK)
-        np.testing.assert_allclose(alone[0], logits, atol=1e-4)
+        close(alone[0], logits, 3e-5)
     for temperature in (0.0, 1.0):
         options = {"max_tokens": BLOCK, "temperature": temperature}
         together = generate(model, PROMPTS, **options)
@@ -291,7 +291,7 @@ def test_score_is_the_log_probability(window):
     logprobs = np.asarray(jax.nn.log_softmax(logits))[np.arange(40), text[1:]]
     for chunk in (None, 5):
         scores = score(model, text, chunk=chunk)
-        np.testing.assert_allclose(scores, logprobs, atol=1e-4)
+        np.testing.assert_allclose(scores, logprobs, atol=5e-4)
 
 
 def test_score_of_a_long_text(traced):
@@ -337,7 +337,7 @@ def test_window_of_one():
     """Nothing is seen but the token itself: the next depends on the last alone."""
     model = random_model(sliding_window=1)
     _, logits = prefill(model, [TEXT, TEXT[-1:]])
-    np.testing.assert_allclose(logits[0], logits[1], atol=1e-4)
+    close(logits[0], logits[1], 3e-5)
     rows = generate(model, [TEXT, TEXT[-1:]], max_tokens=8)
     assert rows[0] == rows[1]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from benchmarks.experts import count_flops
 from hypothesis import given, strategies as st
-from models import PARAMS, cast, random_model, random_tokens
+from models import PARAMS, cast, close, random_model, random_tokens
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from mistral_eqx import ModelConfig, Transformer
@@ -111,7 +111,7 @@ def test_many_models():
     for i in range(2):
         model = jax.tree.map(lambda leaf: leaf[i], experts)
         expected = exact(model, x, chosen, weights)
-        np.testing.assert_allclose(out[i], expected, rtol=0, atol=1e-4)
+        close(out[i], expected, 3e-5)
 
 
 @pytest.mark.parametrize("seq", [2, 30])

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import sentencepiece
+from models import close
 from safetensors.numpy import save_file
 
 import one_file_ref
@@ -319,7 +320,7 @@ def test_theta_and_window_reach_the_model():
         > 1e-2
     )
     windowed = in_steps(make_model(sliding_window=4, rope_theta=1e6), ids, 7)
-    np.testing.assert_allclose(windowed[:5], logits[:5], atol=1e-4)
+    close(windowed[:5], logits[:5], 3e-5)
     assert np.abs(windowed[5:] - logits[5:]).max() > 1e-2
 
 
@@ -524,14 +525,14 @@ def test_quirk_prefill_sees_one_key_more_than_decoding():
     model = make_model()
     prefill, decode = in_steps(model, ids, len(ids)), in_steps(model, ids, 1)
     # the first W queries have no more than W keys
-    np.testing.assert_allclose(prefill[:window], decode[:window], atol=1e-4)
+    close(prefill[:window], decode[:window], 3e-5)
     assert (np.abs(prefill[window:] - decode[window:]).max(axis=1) > 1e-2).all()
     # one key less in the mask, and prefill does as decoding does; one slot more, and
     # decoding does as prefill does
     mended = in_steps(make_model(sliding_window=window - 1), ids, len(ids))
-    np.testing.assert_allclose(mended, decode, atol=1e-4)
+    close(mended, decode, 3e-5)
     larger = in_steps(make_model(sliding_window=window + 1), ids, 1)
-    np.testing.assert_allclose(prefill, larger, atol=1e-4)
+    close(prefill, larger, 3e-5)
 
 
 def test_quirk_at_the_seam():
@@ -540,17 +541,13 @@ def test_quirk_at_the_seam():
     model = make_model(sliding_window=window, n_layers=1)
     decode = in_steps(model, ids, 1)
     for n_prefill in (2, window + 1, 19):
-        np.testing.assert_allclose(
-            in_steps(model, ids, n_prefill)[n_prefill:], decode[n_prefill:], atol=1e-4
-        )
+        close(in_steps(model, ids, n_prefill)[n_prefill:], decode[n_prefill:], 3e-5)
 
 
 @pytest.mark.parametrize("n_prefill", [1, 5])
 def test_without_a_window_decoding_is_prefill(n_prefill):
     model, ids = make_model(sliding_window=None), some_ids(12)
-    np.testing.assert_allclose(
-        in_steps(model, ids, n_prefill), in_steps(model, ids, 12), atol=1e-4
-    )
+    close(in_steps(model, ids, n_prefill), in_steps(model, ids, 12), 3e-5)
 
 
 def test_the_cache_rotates():
@@ -674,7 +671,7 @@ def test_a_ragged_batch_is_each_row_by_itself(tokenizer, window, n_kv_heads):
         by_hand, expected = greedy_by_hand(model, ids, min(lengths), max_tokens)
         assert texts[i] == tokenizer.decode(by_hand)
         assert by_hand[: len(ids)] == ids  # what is given stays as given
-        np.testing.assert_allclose(logprobs[i], expected, atol=1e-4)
+        np.testing.assert_allclose(logprobs[i], expected, atol=5e-4)
 
 
 def test_a_long_prompt_is_cut_where_the_tokens_end(tokenizer):

@@ -45,7 +45,7 @@ def test_one_text_or_several():
     for prompt, completion in zip(PROMPTS, completions):
         alone = generate(prompt, max_tokens=16)
         assert (alone.text, alone.tokens) == (completion.text, completion.tokens)
-        np.testing.assert_allclose(alone.logprobs, completion.logprobs, atol=1e-4)
+        np.testing.assert_allclose(alone.logprobs, completion.logprobs, atol=5e-4)
         assert len(completion.tokens) == 16 and completion.reason == "length"
         assert str(completion) == prompt + completion.text
 
