@@ -232,8 +232,13 @@ def test_package_logits(name, programs):
     close(logits, expected.logits, TOLERANCE)
 
 
+# Without kernels one chunk that divides no window is enough.
+@pytest.mark.parametrize(
+    "programs, chunk",
+    [*(("kernels", chunk) for chunk in CHUNKS), ("plain", 3)],
+    indirect=["programs"],
+)
 @package_cases
-@pytest.mark.parametrize("chunk", CHUNKS)
 def test_package_ragged_batch_in_chunks(name, chunk, programs):
     expected = case(name)
     # Every beginning of the text is a row, so every position is the last of some row.

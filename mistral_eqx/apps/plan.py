@@ -5,6 +5,7 @@ import argparse
 from ..config import ModelConfig
 from ..devices.chips import CHIPS, chip_named
 from ..devices.mesh import parse_mesh
+from ..devices.programs import Program
 from ..files.folders import read_config
 from ..files.inspection import in_units, plan
 from ..files.released import RELEASED
@@ -93,8 +94,7 @@ def _tell_compiled(options: argparse.Namespace, config: ModelConfig) -> None:
             f"{in_units(program.temporaries)} are made on the way, and "
             f"{in_units(program.aliased)} are changed in place, on each device"
         )
-        found = (f"{n} {kind}" for kind, n in sorted(program.collectives.items()))
-        print(f"  collectives {', '.join(found) or 'none'}")
+        print(f"  collectives {collectives_of(program)}")
         if program.copies is not None:
             print(
                 f"  copies      {'; '.join(program.copies) or 'of no weight and no ring'}"
@@ -108,3 +108,11 @@ def _tell_compiled(options: argparse.Namespace, config: ModelConfig) -> None:
                     f"  bound       {most:,.0f} tokens a second, if all that comes in is "
                     "read once"
                 )
+
+
+def collectives_of(program: Program) -> str:
+    """How many collectives of each kind a program has, in words."""
+    if program.collectives is None:
+        return "not known: this JAX cannot read the compiler's text, a newer one may"
+    found = (f"{n} {kind}" for kind, n in sorted(program.collectives.items()))
+    return ", ".join(found) or "none"

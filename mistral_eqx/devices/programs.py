@@ -5,6 +5,7 @@ whether the cache is written in place, and whether any weight or ring is copied.
 """
 
 import collections
+import contextlib
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator
@@ -41,9 +42,10 @@ class Program:
     - `seconds`: how long it took to compile.
     - `arguments`, `temporaries`, `aliased`: bytes of what comes in, of what is made on the
         way, and of outputs that lie where an input lay.
-    - `collectives`: how many there are of each kind; those in a loop count once.
+    - `collectives`: how many there are of each kind; those in a loop count once. `None` if
+        this JAX cannot read what a newer compiler has written.
     - `copies`: the arrays as large as a weight or a ring of the cache that it makes anew;
-        `None` for a training step, which makes new weights.
+        `None` for a training step, which makes new weights, and if `collectives` is.
     - `accessed`: bytes that its operations read and write, those in a loop once, and those
         that are fetched ahead twice; `None` if the compiler does not say.
     """
@@ -52,7 +54,7 @@ class Program:
     arguments: int
     temporaries: int
     aliased: int
-    collectives: dict[str, int]
+    collectives: dict[str, int] | None
     copies: tuple[str, ...] | None
     accessed: float | None
 
@@ -66,19 +68,20 @@ def read_program(
     a device has them and as a whole."""
     memory = compiled.memory_analysis()
     cost = compiled.cost_analysis() or {}
-    instructions = list(_instructions(compiled.as_text()))
-    collectives = collections.Counter()
-    for _, _, _, operation in instructions:
-        kind = operation.removesuffix("-start")
-        if kind in COLLECTIVES:
-            collectives[kind] += 1
+    collectives = copies = None
+    # A newer libtpu writes operations that an older jaxlib does not know.
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        instructions = list(_instructions(compiled.as_text()))
+        kinds = (operation.removesuffix("-start") for *_, operation in instructions)
+        collectives = dict(collections.Counter(k for k in kinds if k in COLLECTIVES))
+        copies = None if large is None else tuple(_copies(instructions, large))
     return Program(
         seconds,
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
         memory.alias_size_in_bytes,
-        dict(collectives),
-        None if large is None else tuple(_copies(instructions, large)),
+        collectives,
+        copies,
         cost.get("bytes accessed"),
     )
 

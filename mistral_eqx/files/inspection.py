@@ -2,6 +2,7 @@
 are read."""
 
 import collections
+import dataclasses
 import math
 import os
 from collections.abc import Mapping
@@ -105,6 +106,66 @@ def plan(
 
     `ValueError` as [`shard`][mistral_eqx.shard] does, or for a number below 1.
     """
+    needs = reckon(
+        config,
+        mesh,
+        batch=batch,
+        context=context,
+        dtype=dtype,
+        quantize=quantize,
+        chip=chip,
+    )
+    total, n_devices = needs.weights + needs.cache + needs.work, math.prod(mesh.values())
+    fits = (f"{size} GB: {'yes' if total <= 0.9 * size * GB else 'no'}" for size in _SIZES)
+    parameters = f"{needs.parameters:,} parameters"
+    return {
+        "model": f"{', '.join(names_of(config)) or 'a Mistral'}: {parameters}",
+        "mesh": " x ".join(f"{axis} {size}" for axis, size in mesh.items())
+        + f" = {n_devices} device{'s' if n_devices > 1 else ''}",
+        "weights": f"{in_units(needs.weights)} a device, of {in_units(needs.all_weights)} "
+        f"in {quantize or jnp.dtype(dtype).name}",
+        "cache": f"{in_units(needs.cache)} a device, of {in_units(needs.whole_cache)} for "
+        f"{needs.rows} x {context} tokens",
+        "work": f"about {in_units(needs.work)} a device, while prompts are read",
+        "together": f"{in_units(total)} a device",
+        "fits": ", ".join(fits) + " (a tenth left free)",
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """Bytes that a device of a mesh needs, with a model and a cache.
+
+    **Attributes:**
+
+    - `weights`, `cache`: a device's part of them.
+    - `all_weights`, `whole_cache`: all that the devices hold together, each part once.
+    - `work`: about how many a chunk of a prompt needs at once.
+    - `parameters`: of the model.
+    - `rows`: of the cache: as many as were asked for, and more where the devices cannot
+        share those evenly.
+    """
+
+    weights: int
+    all_weights: int
+    cache: int
+    whole_cache: int
+    work: int
+    parameters: int
+    rows: int
+
+
+def reckon(
+    config: ModelConfig,
+    mesh: Mapping[str, int],
+    *,
+    batch: int,
+    context: int,
+    dtype: DTypeLike,
+    quantize: str | None,
+    chip: Chip | None,
+) -> Needs:
+    """The numbers of [`plan`][], which has the same arguments."""
     for name, number in (("batch", batch), ("context", context)):
         if number < 1:
             raise ValueError(f"{name} must be 1 or more, got {number}.")
@@ -121,8 +182,8 @@ def plan(
     chip, n_devices = chip or chip_here(), math.prod(mesh.values())
     chunk = default_chunk(config, chip)
     cache = cache_skeleton(model, rows=rows, context=context, chunk=chunk, dtype=dtype)
-    weights, weights_here = _held(model, places)
-    cached, cached_here = _held(cache, cache_shardings(cache, complete))
+    all_weights, weights = _held(model, places)
+    whole_cache, cached = _held(cache, cache_shardings(cache, complete))
     # What a chunk of a prompt needs at once, in float32: the scores of a layer and their
     # softmax, or the insides of its feed-forward network, and the logits.
     n, rows_here = mesh.get("model", 1), rows // n_groups
@@ -134,20 +195,7 @@ def plan(
     inside = tokens * 3 * config.hidden_dim
     work = max(2 * scores, inside) // n + rows_here * 3 * config.vocab_size
     work *= jnp.dtype(jnp.float32).itemsize
-    total = weights_here + cached_here + work
-    fits = (f"{size} GB: {'yes' if total <= 0.9 * size * GB else 'no'}" for size in _SIZES)
-    return {
-        "model": f"{', '.join(names_of(config)) or 'a Mistral'}: {parameters:,} parameters",
-        "mesh": " x ".join(f"{axis} {size}" for axis, size in mesh.items())
-        + f" = {n_devices} device{'s' if n_devices > 1 else ''}",
-        "weights": f"{in_units(weights_here)} a device, of {in_units(weights)} in "
-        f"{quantize or jnp.dtype(dtype).name}",
-        "cache": f"{in_units(cached_here)} a device, of {in_units(cached)} for {rows} x "
-        f"{context} tokens",
-        "work": f"about {in_units(work)} a device, while prompts are read",
-        "together": f"{in_units(total)} a device",
-        "fits": ", ".join(fits) + " (a tenth left free)",
-    }
+    return Needs(weights, all_weights, cached, whole_cache, work, parameters, rows)
 
 
 def cache_skeleton(

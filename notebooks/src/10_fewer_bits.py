@@ -1,6 +1,6 @@
 # ---
 # jupyter:
-#   budget: 120
+#   budget: 105
 #   cover: 2
 # ---
 
@@ -12,8 +12,7 @@
 # - **You will be able to** round a matrix to eight or four bits and back; say what a scale
 #   for a row, a group or a matrix costs; measure the damage by a number that luck cannot
 #   improve; find the matrix that suffers most; and say when fewer bytes take longer.
-# - **Before this**: [04](04_the_rolling_buffer.ipynb) is enough;
-#   [09](09_training_and_lora.ipynb) shows where the weights come from.
+# - **Before this**: [04](04_the_rolling_buffer.ipynb) is enough.
 # - **Time**: {{time}}.
 # - **The code lives in** `mistral_eqx/kernels/quantized.py`. `one_file_ref.py` has no
 #   counterpart. It runs the rounded weights as floats, and must agree.
