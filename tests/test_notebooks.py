@@ -122,9 +122,9 @@ def consistent(now, then):
     if (now["kind"], now["bound"]) != (then["kind"], then["bound"]):
         return False
     if now["kind"] == "lt":
-        return now["value"] <= 10 * then["value"] + 1e-4
+        return now["value"] <= then["value"] + 9 * abs(then["value"]) + 1e-4
     if now["kind"] == "gt":
-        return now["value"] >= then["value"] / 10 - 1e-4
+        return now["value"] >= then["value"] - 0.9 * abs(then["value"]) - 1e-4
     return True
 
 
@@ -133,6 +133,9 @@ def test_bounds_are_compared():
     assert consistent(then, then)
     assert not consistent({**then, "value": 0.5}, then)
     assert not consistent({**then, "bound": 2.0}, then)
+    negative = {"kind": "gt", "bound": -0.3, "value": -0.28}
+    assert consistent(negative, negative)
+    assert not consistent({**negative, "value": -0.6}, negative)
 
 
 @pytest.mark.parametrize("sign", ["SIGINT", "SIGTERM"])
