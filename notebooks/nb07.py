@@ -14,7 +14,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -24,6 +23,8 @@ from matplotlib.patches import Rectangle
 import mistral_eqx as mx
 from mistral_eqx.apps.compiling import compile_programs
 from mistral_eqx.devices.programs import COLLECTIVES, Program, read_program
+from mistral_eqx.files.inspection import cache_skeleton
+from mistral_eqx.files.names import skeleton
 
 
 RECORDED = Path(__file__).resolve().parent / "goldens" / "07_v5e.json"
@@ -70,21 +71,18 @@ def random_mixtral(config: mx.ModelConfig) -> mx.Transformer:
     moe = mx.config.MoEConfig(num_experts=4, num_experts_per_tok=2)
     changes = {"moe": moe, "n_layers": 1, "hidden_dim": 64}
     config = dataclasses.replace(config, **changes)
-    make = lambda: mx.Transformer(config, key=jax.random.key(0))
     generator = np.random.default_rng(0)
     # Numbers of NumPy, which need no compiling.
     normal = lambda x: generator.normal(0, x.shape[-1] ** -0.5, x.shape)
     fill = lambda x: jnp.asarray(np.ones(x.shape) if x.ndim == 1 else normal(x), x.dtype)
-    return jax.tree.map(fill, eqx.filter_eval_shape(make))
+    return jax.tree.map(fill, skeleton(config))
 
 
 def skeletons(config: mx.ModelConfig, *, rows: int, tokens: int) -> tuple:
     """The shapes of a model in bfloat16 and of its cache."""
-    make = lambda: mx.Transformer(config, dtype=jnp.bfloat16, key=jax.random.key(0))
-    model = eqx.filter_eval_shape(make)
-    options = {"chunk": 256, "max_length": tokens, "dtype": jnp.bfloat16}
-    make_cache = lambda: model.empty_cache(jnp.zeros(rows, jnp.int32), **options)
-    return model, jax.eval_shape(make_cache)
+    model = skeleton(config, jnp.bfloat16)
+    options = {"rows": rows, "context": tokens, "chunk": 256, "dtype": jnp.bfloat16}
+    return model, cache_skeleton(model, **options)
 
 
 def gibibytes(shapes, shardings) -> float:

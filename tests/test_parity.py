@@ -387,7 +387,7 @@ def embedded():
 def test_embedded_model_package(programs):
     expected = embedded()
     logits, _ = eqx.filter_jit(expected.model)(jnp.asarray(expected.tokens))
-    close(logits, expected.logits, TOLERANCE)
+    close(logits, expected.logits, 1e-5)
     continued = generation.generate(
         expected.model, expected.prompts, max_tokens=STEPS, key=jax.random.key(0)
     )

@@ -27,7 +27,11 @@ def call(function: Callable, *arguments):
 
 
 def check_cases(
-    name: str, function: Callable, cases: Iterable[tuple], fault: Callable
+    name: str,
+    function: Callable,
+    cases: Iterable[tuple],
+    fault: Callable,
+    praise: str = "",
 ) -> bool | None:
     """Calls an answer with the arguments of each case, until one is wrong: `fault` gets the
     answer and the arguments, and says what is, or `None`."""
@@ -40,4 +44,4 @@ def check_cases(
             wrong = fault(answer, *arguments)
         if wrong:
             break
-    return verdict(name, wrong)
+    return verdict(name, wrong, praise)

@@ -2,38 +2,36 @@
 
 from collections.abc import Callable
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
 import mistral_eqx as mx
+from mistral_eqx.files.names import skeleton
 
-from . import call, todo, verdict
+from . import check_cases, todo, verdict
 
 
 # --- a zero point -------------------------------------------------------------------------
 
-ROWS = {
-    "a row from -1 to 3": np.linspace(-1, 3, 41, dtype=np.float32),
-    "a row from -3 to 1": np.linspace(-3, 1, 41, dtype=np.float32),
-    "a row from 2 to 3": np.linspace(2, 3, 41, dtype=np.float32),
-    "a row from -0.1 to 0.1": np.linspace(-0.1, 0.1, 41, dtype=np.float32),
-}
+RANGES = ((-1, 3), (-3, 1), (2, 3), (-0.1, 0.1))
 
 
 def check_with_zero_point(with_zero_point: Callable) -> bool | None:
-    for name, row in ROWS.items():
-        answer, wrong = call(with_zero_point, jnp.asarray(row))
-        if answer is NotImplemented:
-            return todo("with_zero_point")
-        wrong = wrong or _wrong_grid(name, row, answer)
-        if wrong:
-            return verdict("with_zero_point", wrong)
-    return verdict("with_zero_point", None, "Every row uses the whole grid.")
+    return check_cases(
+        "with_zero_point",
+        with_zero_point,
+        [(jnp.asarray(np.linspace(*ends, 41, dtype=np.float32)),) for ends in RANGES],
+        _wrong_grid,
+        "Every row uses the whole grid.",
+    )
 
 
-def _wrong_grid(name: str, row: np.ndarray, answer) -> str | None:
+def _wrong_grid(answer, row: jax.Array) -> str | None:
+    row = np.asarray(row)
+    name = f"a row from {row[0]:g} to {row[-1]:g}"
     try:
         values, scale, zero = (np.asarray(part, np.float64) for part in answer)
     except (TypeError, ValueError):
@@ -143,10 +141,10 @@ def check_gigabytes(gigabytes) -> bool | None:
     if not np.isfinite(answer):
         return verdict("gigabytes", "It should be a number.")
     # Shapes alone: nothing is allocated.
-    make = lambda: mx.Transformer(_SEVEN_B, dtype=jnp.bfloat16, key=jr.key(0))
-    small = jax.eval_shape(lambda: mx.quantize(make(), "int4"))
+    whole = skeleton(mx.RELEASED["mistral-7b-v0.1"], jnp.bfloat16)
+    small = eqx.filter_eval_shape(mx.quantize, whole, "int4")
     size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) / 1e9
-    right, numbers = size(small), size(jax.eval_shape(make)) / 2
+    right, numbers = size(small), size(whole) / 2
     table = size(small.tok_embeddings) / 2  # billions of numbers
     near = lambda other: abs(answer - other) <= 0.01 * other
     wrong = None
@@ -164,9 +162,3 @@ def check_gigabytes(gigabytes) -> bool | None:
             f"{answer:.3g} GB is {'more' if answer > right else 'less'} than it takes."
         )
     return verdict("gigabytes", wrong, f"{right:.2f} GB, where bfloat16 needs 14.5.")
-
-
-_SEVEN_B = mx.ModelConfig(
-    dim=4096, n_layers=32, head_dim=128, hidden_dim=14336, n_heads=32, n_kv_heads=8,
-    norm_eps=1e-5, vocab_size=32000, sliding_window=4096,
-)  # fmt: skip

@@ -22,7 +22,7 @@ from mistral_eqx.devices.chips import chip_named
 from mistral_eqx.files.inspection import in_units, reckon
 
 
-# A released model, a chip, a mesh, and rows x tokens; or of a training step.
+# A released model, a chip, a mesh, and rows x tokens.
 INFERENCE = [
     ("mistral-7b-v0.3", "v6e:2x4", {"model": 1}, 1, 4096),
     ("mistral-7b-v0.3", "v5e:2x4", {"model": 8}, 1, 32768),
@@ -51,7 +51,7 @@ COLUMNS = (
 )
 
 
-def rows(options, shape, chip, mesh, batch, context, *, train):
+def rows(options, shape, chip, mesh, batch, context):
     config = mx.RELEASED[shape]
     if options.layers is not None:
         config = dataclasses.replace(config, n_layers=options.layers)
@@ -59,15 +59,15 @@ def rows(options, shape, chip, mesh, batch, context, *, train):
     info = chip_named(chip)
     needs = reckon(config, mesh, **sizes, quantize=None, chip=info)
     axes = ", ".join(f"{axis}={size}" for axis, size in mesh.items())
-    programs = dict(compile_programs(config, mesh, chip, **sizes, train=train))
-    # The others of a model that trains are those of one that generates.
-    for name, program in [*programs.items()][2 if train else 0 :]:
-        reckoned = needs.weights + needs.cache
+    reckoned = needs.weights + needs.cache
+    how = {**sizes, "train": options.train}
+    for name, program in compile_programs(config, mesh, chip, **how):
+        trains = name.startswith("training")
         yield (
             f"{shape}, {axes}, {batch} x {context:,} on {chip}",
             name.partition(",")[0],
             in_units(program.arguments),
-            "" if train else f"{100 * program.arguments / reckoned:.1f} %",
+            "" if trains else f"{100 * program.arguments / reckoned:.1f} %",
             in_units(program.temporaries),
             in_units(program.aliased),
             collectives_of(program),
@@ -81,7 +81,7 @@ def main() -> None:
     add = parser.add_argument
     add("--layers", type=int, metavar="N", help="only so many layers of each model")
     add("--chip", metavar="NAME", help="only chips whose name begins so, such as v5e")
-    add("--train", action="store_true", help="training steps, not inference")
+    add("--train", action="store_true", help="cases of training, with their steps")
     options = parser.parse_args()
     chosen = [
         case
@@ -93,7 +93,7 @@ def main() -> None:
     print("| " + " | ".join(COLUMNS) + " |")
     print("|---" * len(COLUMNS) + "|", flush=True)
     for case in chosen:
-        for row in rows(options, *case, train=options.train):
+        for row in rows(options, *case):
             print("| " + " | ".join(map(str, row)) + " |", flush=True)
 
 
