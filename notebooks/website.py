@@ -46,7 +46,7 @@ pre { overflow-x: auto; line-height: 1.4; margin: 0; }
        margin: 0.8rem 0; border-left: 3px solid #31688e; }
 .output { margin: 0.8rem 0; }
 .output .highlight { background: #fafaf8; padding: 0.6rem 0.8rem; }
-img { max-width: 100%; height: auto; }
+img { max-width: 100%; height: auto; } td img { min-width: 7rem; }
 table { display: block; overflow-x: auto; border-collapse: collapse; font-size: 0.9rem; }
 th, td { padding: 0.25rem 0.7rem; border-bottom: 1px solid #ddd; text-align: left; }
 details { margin: 0.8rem 0; } summary { cursor: pointer; }
