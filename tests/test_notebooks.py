@@ -108,14 +108,18 @@ def test_runs_and_finds_what_it_found(number, absent, tmp_path, capsys):
     recorded = json.loads((NOTEBOOKS / f"results/{number}.json").read_text())
     found = json.loads(results.read_text())
     assert [check["name"] for check in found] == [check["name"] for check in recorded]
+    built = nbformat.read(NOTEBOOKS / f"{SOURCES[number].stem}.ipynb", as_version=4)
+    same_jax = built.metadata.mistral_eqx.jax == jax.__version__
     for now, then in zip(found, recorded):
-        assert consistent(now, then), (now, then)
+        assert consistent(now, then, same_jax), (now, then)
     assert not [o.text for o in outputs(notebook) if o.get("name") == "stderr"]
 
-    with np.load(NOTEBOOKS / f"goldens/{number}.npz") as file:
-        golden = dict(file)
+    golden = {}
+    if (path := NOTEBOOKS / f"goldens/{number}.npz").exists():
+        with np.load(path) as file:
+            golden = dict(file)
     without = absent or importlib.util.find_spec("torch") is None
-    if without:
+    if without or not golden:
         assert not goldens.exists()
     else:
         with np.load(goldens) as file:
@@ -133,10 +137,15 @@ def test_runs_and_finds_what_it_found(number, absent, tmp_path, capsys):
         )
 
 
-def consistent(now, then):
+COUNTS = re.compile("bytes|equations|parameters|programs|messages|all-[a-z]+s")
+
+
+def consistent(now, then, same_jax):
     """The bounds hold, for the notebook asserted them. Rounding, which they are mostly of,
-    is of the same order on every machine."""
+    is of the same order on every machine. What JAX counts is the same for the same JAX."""
     kind, bound, value = then["kind"], then["bound"], then["value"]
+    if same_jax and isinstance(value, int) and COUNTS.search(then["name"]):
+        return now == then
     if kind not in ("lt", "gt"):
         return (now["kind"], now["bound"]) == (kind, bound)
     # Some bounds are measured, too.
@@ -148,13 +157,16 @@ def consistent(now, then):
 
 
 def test_bounds_are_compared():
-    then = {"kind": "lt", "bound": 1.0, "value": 0.01}
-    assert consistent(then, then)
-    assert not consistent({**then, "value": 0.5}, then)
-    assert not consistent({**then, "bound": 2.0}, then)
-    negative = {"kind": "gt", "bound": -0.3, "value": -0.28}
-    assert consistent(negative, negative)
-    assert not consistent({**negative, "value": -0.6}, negative)
+    then = {"name": "a gap", "kind": "lt", "bound": 1.0, "value": 0.01}
+    assert consistent(then, then, True)
+    assert not consistent({**then, "value": 0.5}, then, True)
+    assert not consistent({**then, "bound": 2.0}, then, True)
+    negative = {"name": "a gap", "kind": "gt", "bound": -0.3, "value": -0.28}
+    assert consistent(negative, negative, True)
+    assert not consistent({**negative, "value": -0.6}, negative, True)
+    counted = {"name": "messages", "kind": "gt", "bound": 5, "value": 20}
+    assert not consistent({**counted, "value": 21}, counted, True)
+    assert consistent({**counted, "value": 21}, counted, False)
 
 
 @pytest.mark.parametrize("sign", ["SIGINT", "SIGTERM"])
