@@ -41,6 +41,7 @@ from .kernels import (  # noqa: F401
     cpu as _cpu,
     cuda as _cuda,
     experts as _experts,
+    grouped as _grouped,
     rings as _rings,
     tpu as _tpu,
 )

@@ -1,25 +1,33 @@
 """Builds the notebooks, with their outputs, from `src/`.
 
-    python build.py [NUMBER ...]
+    python build.py [NUMBER ...]            builds these notebooks, or all
+    python build.py --new 11_slug           begins a notebook, from template/
+    python build.py --knobs [NUMBER ...]    runs every value of their knobs, and no more
+    python build.py --site FOLDER           makes web pages of the built notebooks
 
-Everything of a notebook is edited in `src/NN_slug.py` (py:percent). This runs it in a fresh
-kernel, writes `NN_slug.ipynb`, its checks to `results/NN.json` and torch's answers to
-`goldens/NN.npz`, and fills the table of README.md.
+Everything of a notebook is edited in `src/NN_slug.py` (py:percent). The build runs it in a
+fresh kernel, writes `NN_slug.ipynb`, its checks to `results/NN.json` and torch's answers to
+`goldens/NN.npz`, and fills the table of README.md. It also runs every value of the knobs.
 """
 
 import argparse
 import ast
 import base64
-import hashlib
+import importlib.metadata
 import json
 import os
 import re
 import resource
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import jupytext
 import nbformat
 from nbclient import NotebookClient
+
+import fresh
 
 
 NOTEBOOKS = Path(__file__).resolve().parent
@@ -33,9 +41,58 @@ def header(source: Path) -> dict[str, int]:
     return jupytext.reads(source.read_text(), fmt="py:percent").metadata
 
 
+# The first code cell of every notebook
+
+START = """\
+# Finds the helpers wherever Jupyter was started{clones}.
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+
+package = importlib.util.find_spec("mistral_eqx")
+places = [Path.cwd(), *Path.cwd().parents, Path("repository").resolve()]
+places += Path(package.origin).parents if package and package.origin else []
+root = next((place for place in places if (place / "notebooks/nbtools.py").exists()), None)
+if root is None:
+{otherwise}
+sys.path[:0] = [str(root / "notebooks"), str(root)]"""
+
+CLONE = """\
+    root = Path("repository").resolve()
+    clone = ["git", "clone", "--quiet", "--depth=1", "{repository}", str(root)]
+    install = [sys.executable, "-m", "pip", "install", "--quiet", f"{{root}}[train]"]
+    for command in (clone, install):
+        subprocess.run(command, check=True)"""
+
+NOT_FOUND = """\
+    raise ModuleNotFoundError("Clone the repository, and start Jupyter in it.")"""
+
+
+def start(repository: str | None) -> str:
+    """The first code cell of every notebook. It looks for the helpers in the folder in
+    which the kernel was started, in those above it, and beside the package. If there are
+    none, as on Colab and Kaggle, it clones the repository, where it is published. (Jupyter
+    and matplotlib are there already.)"""
+    if repository:
+        clones, otherwise = " (else clones them)", CLONE.format(repository=repository)
+        return START.format(clones=clones, otherwise=otherwise)
+    return START.format(clones="", otherwise=NOT_FOUND).replace("import subprocess\n", "")
+
+
+def repository() -> str | None:
+    """Where the repository is published: `Repository` of pyproject's `[project.urls]`."""
+    pyproject = tomllib.loads((NOTEBOOKS.parent / "pyproject.toml").read_text())
+    return pyproject["project"].get("urls", {}).get("Repository")
+
+
+# From a source to cells
+
+
 def render(source: Path, seconds: float | None) -> nbformat.NotebookNode:
-    """The notebook of a source, without outputs: solutions are filled in from
-    `solutions/`, and the time it took from the last build."""
+    """The notebook of a source, without outputs: its first code cell is `start`, solutions
+    are filled in from `solutions/`, and the time it took from the last build."""
     number = source.name[:2]
     text = source.read_text()
     solutions = NOTEBOOKS / "solutions" / f"ex{number}.py"
@@ -50,6 +107,7 @@ def render(source: Path, seconds: float | None) -> nbformat.NotebookNode:
     stated = "not measured yet" if seconds is None else f"{seconds:.0f} s of CPU time"
     text = text.replace("{{time}}", stated)
     notebook = jupytext.reads(text, fmt="py:percent")
+    notebook.cells.insert(1, nbformat.v4.new_code_cell(start(repository())))
     for i, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{i}"
         cell["metadata"] = {}
@@ -64,16 +122,15 @@ def render(source: Path, seconds: float | None) -> nbformat.NotebookNode:
 def _definition(path: Path, name: str) -> str:
     text = path.read_text()
     for node in ast.parse(text).body:
-        target = node.targets[0].id if isinstance(node, ast.Assign) else None
-        if name in (getattr(node, "name", None), target):
+        targets = node.targets if isinstance(node, ast.Assign) else [node]
+        if name in [
+            getattr(target, "id", getattr(target, "name", None)) for target in targets
+        ]:
             return ast.get_source_segment(text, node)
     raise ValueError(f"{path.name} has no {name}.")
 
 
-def source_hash(source: Path) -> str:
-    """Of everything that a notebook's cells are made from."""
-    solutions = NOTEBOOKS / "solutions" / f"ex{source.name[:2]}.py"
-    return hashlib.sha256(source.read_bytes() + solutions.read_bytes()).hexdigest()
+# Running it
 
 
 def execute(
@@ -88,8 +145,10 @@ def execute(
         record_timing=False,
         resources={"metadata": {"path": str(NOTEBOOKS)}},
     )
-    # Compiled programs kept from an earlier run would make the first call look short.
-    env = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false", **env}
+    # Compiled programs kept from an earlier run would make the first call look short. And
+    # nobody's right answers are those of the reader.
+    quiet = {"JAX_ENABLE_COMPILATION_CACHE": "false", "MISTRAL_EQX_NOTEBOOK_SCORE": ""}
+    env = {**os.environ, **quiet, **env}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     # At Ctrl-C nbclient notes that it ends the kernel and goes on. The error that it then
     # raises depends on how far the kernel had ended.
@@ -128,8 +187,11 @@ def build(source: Path) -> None:
             cell["source"] = timed["source"]
         tidy(notebook)
         notebook["metadata"]["mistral_eqx"] = {
-            "source_sha256": source_hash(source),
+            "source_sha256": fresh.source_hash(source),
+            "package_sha256": fresh.package_hash(),
             "seconds": round(seconds),
+            "jax": importlib.metadata.version("jax"),
+            "knob_values": run_knobs(source),
         }
         path = NOTEBOOKS / f"{source.stem}.ipynb"
         picture = cover(notebook, header(source)["cover"])
@@ -138,11 +200,23 @@ def build(source: Path) -> None:
         nbformat.write(notebook, path.with_suffix(".partial"))
         path.with_suffix(".partial").replace(path)
         for final, part in partial.items():
-            part.replace(final)
+            if part.exists():  # A notebook may ask torch for nothing.
+                part.replace(final)
     finally:
         for part in partial.values():
             part.unlink(missing_ok=True)
     print(f"{path.name}: {seconds:.0f} s, {path.stat().st_size // 1024} KB")
+
+
+def run_knobs(source: Path) -> int:
+    """Runs the sections of knobs with their other values, in a process of their own, and
+    says how many values these were."""
+    run = "import sys, knobs, pathlib; print(knobs.run(pathlib.Path(sys.argv[1])))"
+    command = [sys.executable, "-c", run, str(source)]
+    ended = subprocess.run(command, cwd=NOTEBOOKS, stdout=subprocess.PIPE, text=True)
+    if ended.returncode != 0:
+        raise RuntimeError(f"a knob of {source.name} does not work: its error is above")
+    return int(ended.stdout)
 
 
 def cover(notebook: nbformat.NotebookNode, number: int) -> bytes:
@@ -185,17 +259,63 @@ def write_table() -> None:
     readme.write_text(before + begin + "\n".join(rows) + "\n" + end + after)
 
 
+# A new notebook
+
+
+def new(slug: str) -> Path:
+    """Begins a notebook from `template/`: its source, its solutions and its checkers."""
+    if not re.fullmatch(r"\d\d_[a-z][a-z0-9_]*", slug):
+        raise ValueError(
+            f"{slug!r} names no notebook: it takes two digits, an underscore and words in "
+            "small letters, as in 11_speculative_decoding"
+        )
+    number, title = slug[:2], slug[3:].replace("_", " ").capitalize()
+    if taken := [source.name for source in SOURCES if source.name[:2] == number]:
+        raise ValueError(f"there is a notebook {number} already: src/{taken[0]}")
+    made = {
+        "source.py": NOTEBOOKS / "src" / f"{slug}.py",
+        "solutions.py": NOTEBOOKS / "solutions" / f"ex{number}.py",
+        "checkers.py": NOTEBOOKS / "exercises" / f"ex{number}.py",
+    }
+    for template, path in made.items():
+        text = (NOTEBOOKS / "template" / template).read_text()
+        path.write_text(text.replace("NUMBER", number).replace("TITLE", title))
+    return made["source.py"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Builds notebooks with their outputs.")
     parser.add_argument("numbers", nargs="*", metavar="NUMBER", help="01, say; all if none")
-    numbers = parser.parse_args().numbers
+    others = parser.add_mutually_exclusive_group()
+    others.add_argument("--new", metavar="NN_SLUG", help="begin a notebook: 11_slug, say")
+    others.add_argument("--knobs", action="store_true", help="run every value of the knobs")
+    others.add_argument(
+        "--site", metavar="FOLDER", type=Path, help="web pages of the built notebooks"
+    )
+    options = parser.parse_args()
     known = [source.name[:2] for source in SOURCES]
-    if unknown := sorted(set(numbers) - set(known)):
+    if unknown := sorted(set(options.numbers) - set(known)):
         parser.error(f"no notebook {', '.join(unknown)}; there are {', '.join(known)}")
-    for source in SOURCES:
-        if not numbers or source.name[:2] in numbers:
+    if options.numbers and (options.new or options.site):
+        parser.error("--new and --site take no numbers")
+    chosen = [s for s in SOURCES if not options.numbers or s.name[:2] in options.numbers]
+    if options.new:
+        try:
+            source = new(options.new)
+        except ValueError as error:
+            parser.error(str(error))
+        print(f"src/{source.name} is begun: python build.py {source.name[:2]}")
+    elif options.site:
+        import website
+
+        print(f"{website.make(options.site)} is the first of the pages.")
+    elif options.knobs:
+        for source in chosen:
+            print(f"{source.name}: {run_knobs(source)} other values work")
+    else:
+        for source in chosen:
             build(source)
-    write_table()
+        write_table()
 
 
 if __name__ == "__main__":

@@ -7,11 +7,13 @@ device, and `Oracle` answers for PyTorch.
 
 import ast
 import difflib
+import html
 import inspect
 import json
 import lzma
 import os
 import platform
+import re
 import textwrap
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +24,11 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import Markdown, display
+from pygments.lexers import get_lexer_by_name
+from pygments.styles import get_style_by_name
+from pygments.token import STANDARD_TYPES
 
+import exercises
 import mistral_eqx as mx
 
 
@@ -84,10 +90,14 @@ def caption(text: str) -> None:
 
 def table(header: Sequence[str], rows: Sequence[Sequence]) -> None:
     """Shows a table; floats with three digits."""
+    say(_table(header, rows))
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for row in rows:
         lines.append("| " + " | ".join(_cell(value) for value in row) + " |")
-    say("\n".join(lines))
+    return "\n".join(lines)
 
 
 def _short(value) -> str:
@@ -135,12 +145,16 @@ def check(
 
 
 def recap() -> None:
-    """Shows every check of the notebook that has passed."""
+    """Shows every check of the notebook that has passed, folded away, and below them how
+    many exercises are right."""
     signs = {"lt": "below", "gt": "above", "eq": "exactly", "near": "near"}
     rows = [
         (c["name"], c["value"], f"{signs[c['kind']]} {_short(c['bound'])}") for c in _checks
     ]
-    table(["checked", "measured", "required"], rows)
+    checks = _table(["checked", "measured", "required"], rows)
+    summary = f"The {len(rows)} checks of this notebook, all of which hold"
+    say(f"<details><summary>{summary}</summary>\n\n{checks}\n\n</details>")
+    print(exercises.score())
 
 
 def guess(what: str, guessed, measured, why: dict | None = None) -> None:
@@ -161,7 +175,7 @@ def guess(what: str, guessed, measured, why: dict | None = None) -> None:
 
 def knob(value, *, of: Sequence):
     """A number of a notebook that a reader may change: `slots = nb.knob(8, of=(4, 8, 16))`.
-    Values that are not in `of` are refused."""
+    The tests run its section with every value that is in `of`; others are refused."""
     if value not in of:
         choices = ", ".join(map(str, of))
         raise ValueError(f"This knob cannot be {value}: choose one of {choices}.")
@@ -229,10 +243,7 @@ def show_source(*things) -> None:
     """Shows the code that runs: what is read is what is tested."""
     for thing in things:
         place, source = source_of(thing)
-        display(
-            Markdown(f"`{place}`\n```python\n{source}\n```"),
-            metadata={"source": place},
-        )
+        _show_code(f"`{place}`", source, "python", metadata={"source": place})
 
 
 def show_diff(torch_thing: str, thing) -> None:
@@ -244,7 +255,34 @@ def show_diff(torch_thing: str, thing) -> None:
     )
     lines = difflib.unified_diff(old, new, n=99, lineterm="")
     body = "\n".join(list(lines)[3:])
-    display(Markdown(f"`{torch_place}` to `{place}`\n```diff\n{body}\n```"))
+    _show_code(f"`{torch_place}` to `{place}`", body, "diff")
+
+
+def _show_code(title: str, code: str, language: str, metadata: dict | None = None) -> None:
+    """Shows code below a title, once as Markdown, for whatever reads notebooks as text, and
+    once as HTML, for JupyterLab, GitHub and pages made by nbconvert. nbconvert shows the
+    Markdown of an output in a proportional font and without colours, so the HTML has both
+    in itself. The class names are for pages that drop styles and have a style sheet."""
+    style, spans = get_style_by_name("default"), []
+    for kind, text in get_lexer_by_name(language).get_tokens(code):
+        look, text = style.style_for_token(kind), html.escape(text, quote=False)
+        if look["color"] and text.strip():
+            css = f"color:#{look['color']}" + ";font-weight:bold" * look["bold"]
+            text = (
+                f'<span class="{STANDARD_TYPES.get(kind, "")}" style="{css}">{text}</span>'
+            )
+        spans.append(text)
+    css = "font-family:monospace;white-space:pre;overflow-x:auto;line-height:1.35"
+    named = re.sub("`(.+?)`", r"<code>\1</code>", html.escape(title))
+    block = (
+        f'<div class="highlight"><pre style="{css}">{"".join(spans).rstrip()}</pre></div>'
+    )
+    data = {
+        "text/html": f"<p>{named}</p>\n{block}",
+        "text/markdown": f"{title}\n```{language}\n{code}\n```",
+        "text/plain": f"{title}\n{code}",
+    }
+    display(data, raw=True, metadata=metadata or {})
 
 
 def held_out(n_tokens: int, *, start: float = 0.95) -> list[int]:

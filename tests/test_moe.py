@@ -257,12 +257,12 @@ def test_the_work_is_that_of_the_chosen_experts(batch, seq, most):
     experts, x = experts_of(8), normal(batch, seq, DIM)
     chosen, weights = routed((batch, seq), 8, 2)
     ways = [jax.vmap(f, in_axes=(None, 0, 0, 0)) for f in (mix, mix.plain)]
-    sparse, dense = (
-        count_flops(jax.make_jaxpr(run)(experts, x, chosen, weights)) for run in ways
-    )
+    sparse, dense = (jax.make_jaxpr(run)(experts, x, chosen, weights) for run in ways)
     needed = batch * seq * 2 * 2 * 3 * DIM * HIDDEN
-    assert needed <= sparse <= most * needed
-    assert dense >= 4 * needed  # so that the count can be trusted
+    assert needed <= count_flops(sparse) <= most * needed
+    # Large blocks, for accelerators.
+    assert needed <= count_flops(sparse, "rocm") <= max(1, 2 * (most > 1)) * needed
+    assert count_flops(dense) >= 4 * needed  # so that the count can be trusted
 
 
 @given(st.integers(1, 3000), st.integers(1, 64))

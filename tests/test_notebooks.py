@@ -5,12 +5,15 @@ import ast
 import importlib
 import importlib.util
 import json
+import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import nbformat
 import numpy as np
 import pytest
@@ -22,12 +25,21 @@ NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 sys.path[:0] = [str(NOTEBOOKS), str(NOTEBOOKS / "solutions")]
 
 import build  # noqa: E402
+import exercises  # noqa: E402
+import fresh  # noqa: E402
+import knobs  # noqa: E402
 import nbtools  # noqa: E402
 from exercises import ex03  # noqa: E402
 
 
 SOURCES = {source.name[:2]: source for source in build.SOURCES}
 NUMBERS = sorted(SOURCES)
+
+
+@pytest.fixture(autouse=True)
+def no_score(monkeypatch):
+    """Right answers of the tests are not the reader's."""
+    monkeypatch.setenv(exercises.SCORE, "")
 
 
 @pytest.fixture(params=NUMBERS)
@@ -42,6 +54,11 @@ def shipped(number):
 
 def outputs(notebook):
     return [o for cell in notebook.cells for o in cell.get("outputs", [])]
+
+
+def code_cells(notebook):
+    """Without the first, which all notebooks have in common."""
+    return [cell for cell in notebook.cells if cell.cell_type == "code"][1:]
 
 
 # Running them
@@ -91,14 +108,18 @@ def test_runs_and_finds_what_it_found(number, absent, tmp_path, capsys):
     recorded = json.loads((NOTEBOOKS / f"results/{number}.json").read_text())
     found = json.loads(results.read_text())
     assert [check["name"] for check in found] == [check["name"] for check in recorded]
+    built = nbformat.read(NOTEBOOKS / f"{SOURCES[number].stem}.ipynb", as_version=4)
+    same_jax = built.metadata.mistral_eqx.jax == jax.__version__
     for now, then in zip(found, recorded):
-        assert consistent(now, then), (now, then)
+        assert consistent(now, then, same_jax), (now, then)
     assert not [o.text for o in outputs(notebook) if o.get("name") == "stderr"]
 
-    with np.load(NOTEBOOKS / f"goldens/{number}.npz") as file:
-        golden = dict(file)
+    golden = {}
+    if (path := NOTEBOOKS / f"goldens/{number}.npz").exists():
+        with np.load(path) as file:
+            golden = dict(file)
     without = absent or importlib.util.find_spec("torch") is None
-    if without:
+    if without or not golden:
         assert not goldens.exists()
     else:
         with np.load(goldens) as file:
@@ -116,10 +137,15 @@ def test_runs_and_finds_what_it_found(number, absent, tmp_path, capsys):
         )
 
 
-def consistent(now, then):
+COUNTS = re.compile("bytes|equations|parameters|programs|messages|all-[a-z]+s")
+
+
+def consistent(now, then, same_jax):
     """The bounds hold, for the notebook asserted them. Rounding, which they are mostly of,
-    is of the same order on every machine."""
+    is of the same order on every machine. What JAX counts is the same for the same JAX."""
     kind, bound, value = then["kind"], then["bound"], then["value"]
+    if same_jax and isinstance(value, int) and COUNTS.search(then["name"]):
+        return now == then
     if kind not in ("lt", "gt"):
         return (now["kind"], now["bound"]) == (kind, bound)
     # Some bounds are measured, too.
@@ -131,13 +157,16 @@ def consistent(now, then):
 
 
 def test_bounds_are_compared():
-    then = {"kind": "lt", "bound": 1.0, "value": 0.01}
-    assert consistent(then, then)
-    assert not consistent({**then, "value": 0.5}, then)
-    assert not consistent({**then, "bound": 2.0}, then)
-    negative = {"kind": "gt", "bound": -0.3, "value": -0.28}
-    assert consistent(negative, negative)
-    assert not consistent({**negative, "value": -0.6}, negative)
+    then = {"name": "a gap", "kind": "lt", "bound": 1.0, "value": 0.01}
+    assert consistent(then, then, True)
+    assert not consistent({**then, "value": 0.5}, then, True)
+    assert not consistent({**then, "bound": 2.0}, then, True)
+    negative = {"name": "a gap", "kind": "gt", "bound": -0.3, "value": -0.28}
+    assert consistent(negative, negative, True)
+    assert not consistent({**negative, "value": -0.6}, negative, True)
+    counted = {"name": "messages", "kind": "gt", "bound": 5, "value": 20}
+    assert not consistent({**counted, "value": 21}, counted, True)
+    assert consistent({**counted, "value": 21}, counted, False)
 
 
 @pytest.mark.parametrize("sign", ["SIGINT", "SIGTERM"])
@@ -168,16 +197,48 @@ def test_failing_check_fails_the_notebook():
 def test_cells_are_the_source(number, shipped):
     built = shipped.metadata.mistral_eqx
     source = SOURCES[number]
-    fresh = build.render(source, built.seconds)
-    told = "run `python notebooks/build.py`: the source is newer than the notebook"
+    rendered = build.render(source, built.seconds)
+    told = f"python notebooks/build.py {number}: the source is newer than the notebook"
     cells = lambda notebook: [(cell.cell_type, cell.source) for cell in notebook.cells]
-    assert cells(fresh) == cells(shipped), told
-    assert built.source_sha256 == build.source_hash(source), told
+    assert cells(rendered) == cells(shipped), told
+    assert built.source_sha256 == fresh.source_hash(source), told
+
+
+def test_notebooks_are_of_this_package():
+    stale = []
+    for number, source in SOURCES.items():
+        notebook = nbformat.read(NOTEBOOKS / f"{source.stem}.ipynb", as_version=4)
+        if notebook.metadata.mistral_eqx.get("package_sha256") != fresh.package_hash():
+            stale.append(number)
+    assert not stale, (
+        f"notebooks {', '.join(stale)} were built with another package: "
+        f"python notebooks/build.py {' '.join(stale)}"
+    )
+
+
+def test_wording_makes_no_notebook_stale(tmp_path):
+    def hashed(module, code, apart="pass"):
+        root = tmp_path / str(len(list(tmp_path.iterdir())))
+        (root / "mistral_eqx" / "apps").mkdir(parents=True)
+        (root / "mistral_eqx" / "tiny_mistral").mkdir()
+        (root / "one_file_ref.py").write_text("pass")
+        (root / "mistral_eqx" / module).write_text(code)
+        (root / "mistral_eqx" / "apps" / "main.py").write_text(apart)
+        return fresh.package_hash(root)
+
+    code = hashed("rope.py", "def f():\n    return '# no comment'\n")
+    worded = (
+        'def f():  # a comment\n    """A docstring."""\n\n    return \'# no comment\'\n'
+    )
+    assert hashed("rope.py", worded) == code
+    assert hashed("rope.py", worded, apart="import sys") == code
+    assert hashed("rope.py", worded.replace("no", "another")) != code
+    assert hashed("ropes.py", worded) != code
 
 
 def test_outputs_are_clean(number, shipped):
     path = NOTEBOOKS / f"{SOURCES[number].stem}.ipynb"
-    assert path.stat().st_size <= 600 * 1024
+    assert path.stat().st_size <= 900 * 1024
     code = [cell for cell in shipped.cells if cell.cell_type == "code"]
     counts = [cell.execution_count for cell in code]
     assert counts == list(range(1, len(code) + 1))
@@ -189,24 +250,60 @@ def test_outputs_are_clean(number, shipped):
     assert shipped.metadata.mistral_eqx.seconds <= build.header(SOURCES[number])["budget"]
 
 
+# Rules of the standard that a notebook does not meet yet. All others must be met.
+NOT_YET = {
+    "01": ["3 code cells in a row", "a figure within 40 lines", "a knob"],
+    "03": [
+        "1,500 to 3,000 words", "4 words a line", "3 code cells in a row",
+        "a figure within 40 lines", "a knob",
+    ],
+    "04": ["1,500 to 3,000 words", "4 words a line", "3 code cells in a row", "a knob"],
+    "05": [
+        "1,500 to 3,000 words", "4 words a line", "3 code cells in a row",
+        "a figure within 40 lines", "a knob",
+    ],
+}  # fmt: skip
+
+
 def test_is_a_lesson(number, shipped):
-    code = [c.source for c in shipped.cells if c.cell_type == "code"]
-    prose = " ".join(c.source for c in shipped.cells if c.cell_type == "markdown")
-    lines = [len(source.strip().splitlines()) for source in code]
-    assert max(lines) <= 40
-    assert statistics.median(lines) <= 10
-    assert 3 <= len(prose.split()) / sum(lines) <= 15
-    pictures = [o for o in outputs(shipped) if "image/png" in o.get("data", {})]
-    captions = [o for o in outputs(shipped) if "What to see" in str(o.get("data", {}))]
-    assert len(pictures) == len(captions) >= 3
-    assert prose.count("**Takeaway.**") + sum("**Takeaway.**" in c for c in code) >= 4
-    assert (
-        sum("**Predict.**" in c.source or "**Predict**" in c.source for c in shipped.cells)
-        >= 2
-    )
-    undone = [o for o in outputs(shipped) if "not done yet" in o.get("text", "")]
-    assert len(undone) == prose.count("<summary>Solution</summary>") >= 3
-    assert len(json.loads((NOTEBOOKS / f"results/{number}.json").read_text())) >= 8
+    broken = {rule for rule, met in standard(shipped).items() if not met}
+    assert broken == set(NOT_YET.get(number, [])), "what is met now leaves NOT_YET"
+
+
+def standard(notebook):
+    """The rules for a notebook, and whether it meets them. Prose is text between cells,
+    without the code in it; what cells say is not counted."""
+    prose = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+    undone = [o for o in outputs(notebook) if "not done yet" in o.get("text", "")]
+    solutions = prose.count("<summary>Solution</summary>")
+    words = len(re.sub(r"```.*?```", "", prose, flags=re.S).split())
+    code = code_cells(notebook)
+    lines = [len(cell.source.strip().splitlines()) for cell in code]
+    pictures = [o for o in outputs(notebook) if "image/png" in o.get("data", {})]
+    captions = [o for o in outputs(notebook) if "What to see" in str(o.get("data", {}))]
+    in_a_row = "".join(cell.cell_type[0] for cell in notebook.cells[2:])
+    everything = "\n".join(cell.source for cell in notebook.cells)
+    before_figure = 0
+    for cell in code:
+        if any("image/png" in output.get("data", {}) for output in cell.outputs):
+            break
+        # Neither empty lines nor imports count.
+        before_figure += len(re.findall(r"^(?!import |from ).*\S", cell.source, re.M))
+    return {
+        "1,500 to 3,000 words": 1500 <= words <= 3000,
+        "4 words a line": words >= 4 * sum(lines),
+        "a median cell of 8 lines": statistics.median(lines) <= 8,
+        "no cell over 40 lines": max(lines) <= 40,
+        "3 code cells in a row": "cccc" not in in_a_row,
+        "a figure within 40 lines": before_figure <= 40,
+        "3 figures, each with its caption": len(pictures) == len(captions) >= 3,
+        "4 takeaways": everything.count("**Takeaway.**") >= 4,
+        "2 predictions": len(re.findall(r"\*\*Predict\.?\*\*", everything)) >= 2,
+        "8 checks": sum(source.count("nb.check(") for source in everything.splitlines())
+        >= 8,
+        "3 exercises, none done": len(undone) == solutions >= 3,
+        "a knob": "nb.knob(" in everything,
+    }
 
 
 def test_copies_nothing(number):
@@ -250,22 +347,158 @@ def test_readme_links_to_everything():
         assert (NOTEBOOKS / link).exists(), link
 
 
+# The first cell
+
+
+def run_start(monkeypatch, folder, package, repository=None):
+    """Runs the first cell in a folder, and says what is first on the path."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: package)
+    exec(build.start(repository), {})
+    return sys.path
+
+
+def test_start_finds_the_helpers(tmp_path, monkeypatch):
+    here = [str(NOTEBOOKS), str(NOTEBOOKS.parent)]
+    for folder in (NOTEBOOKS, NOTEBOOKS / "src", NOTEBOOKS.parent):
+        assert run_start(monkeypatch, folder, None) == here
+    package = importlib.machinery.ModuleSpec("mistral_eqx", None, origin=mx.__file__)
+    assert run_start(monkeypatch, tmp_path, package) == here
+    with pytest.raises(ModuleNotFoundError, match="Clone the repository"):
+        run_start(monkeypatch, tmp_path, None)
+
+
+def test_start_clones_where_there_is_a_repository(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(subprocess, "run", lambda command, check: ran.append(command))
+    url = "https://example.org/mistral.git"
+    clone = tmp_path / "repository"
+    paths = run_start(monkeypatch, tmp_path, None, url)
+    assert paths == [str(clone / "notebooks"), str(clone)]
+    assert ran[0][:2] == ["git", "clone"] and ran[0][-2:] == [url, str(clone)]
+    assert ran[1][1:4] == ["-m", "pip", "install"] and ran[1][-1] == f"{clone}[train]"
+    # Run again, it finds the clone.
+    (clone / "notebooks").mkdir(parents=True)
+    (clone / "notebooks" / "nbtools.py").touch()
+    assert run_start(monkeypatch, tmp_path, None, url) == paths and len(ran) == 2
+
+
+# Knobs
+
+
+def test_knobs_work(number, shipped):
+    """The build has run every value of every knob, with this very source and package. With
+    another JAX they may do something else, so they are run again."""
+    built = shipped.metadata.mistral_eqx
+    _, sections = knobs.split(build.render(SOURCES[number], None))
+    assert len([*knobs.turns(sections)]) == built.knob_values
+    if built.jax != jax.__version__:
+        assert build.run_knobs(SOURCES[number]) == built.knob_values
+
+
+def test_broken_knob_is_told(tmp_path):
+    source = tmp_path / "03_knob.py"
+    cells = "# %%\nimport nbtools as nb\n\n# %% [markdown]\n# ## Part\n\n"
+    cells += "# %%\nn = nb.knob(2, of=(1, 2))\nnb.check('n', n, eq=2)\n"
+    source.write_text("# %% [markdown]\n# # Title\n\n" + cells)
+    run = f"import knobs, pathlib; knobs.run(pathlib.Path({str(source)!r}))"
+    ended = subprocess.run(
+        [sys.executable, "-c", run], cwd=NOTEBOOKS, capture_output=True, text=True
+    )
+    assert "with the knob at 1, the section 'Part' fails" in ended.stderr
+    with pytest.raises(ValueError, match="cannot be 3: choose one of 1, 2"):
+        nbtools.knob(3, of=(1, 2))
+
+
+# A new notebook, and the site
+
+
+def test_new_notebook_builds(tmp_path):
+    root = NOTEBOOKS.parent
+    for name in ("mistral_eqx", "notebooks"):
+        apart = shutil.ignore_patterns("*.ipynb", "[0-9][0-9]_*.py", "__pycache__")
+        shutil.copytree(root / name, tmp_path / name, ignore=apart)
+    for name in ("one_file_ref.py", "pyproject.toml"):
+        shutil.copy(root / name, tmp_path / name)
+    command = [sys.executable, "build.py"]
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    kind = dict(cwd=tmp_path / "notebooks", env=env, capture_output=True, text=True)
+    ended = subprocess.run([*command, "--new", "11_a_new_one"], **kind)
+    assert ended.stdout == "src/11_a_new_one.py is begun: python build.py 11\n", (
+        ended.stderr
+    )
+    again = subprocess.run([*command, "--new", "11_another"], **kind)
+    assert "there is a notebook 11 already: src/11_a_new_one.py" in again.stderr
+    bad = subprocess.run([*command, "--new", "Another"], **kind)
+    assert "'Another' names no notebook" in bad.stderr
+
+    built = subprocess.run([*command, "11"], **kind)
+    assert built.returncode == 0, built.stderr
+    notebook = nbformat.read(tmp_path / "notebooks" / "11_a_new_one.ipynb", as_version=4)
+    assert notebook.cells[0].source.startswith("# A new one\n")
+    assert notebook.metadata.mistral_eqx.knob_values == 2
+    met = [rule for rule, met in standard(notebook).items() if met]
+    assert {"3 code cells in a row", "a figure within 40 lines", "a knob"} <= set(met)
+    check = (
+        "import ex11\nfrom exercises.ex11 import check_turn_11 as check\n"
+        "print([check(getattr(ex11, 'turn_11' + n)) for n in ('', *ENDS)])"
+    ).replace("ENDS", str(("_wrong", "_wrong_2", "_wrong_3")))
+    env["PYTHONPATH"] += f":{tmp_path / 'notebooks' / 'solutions'}"
+    checked = subprocess.run([sys.executable, "-c", check], **kind).stdout.splitlines()
+    assert checked.pop() == "[True, False, False, False]"
+    assert len(set(checked)) == 4
+
+
+def test_shown_code_is_monospaced_and_coloured_everywhere(shipped):
+    shown = [o for o in outputs(shipped) if "source" in o.get("metadata", {})]
+    for output in shown:
+        page = output.data["text/html"]
+        assert "<pre style=" in page and "font-family:monospace" in page
+        assert "color:#" in page
+
+
+def test_site_needs_no_network():
+    pytest.importorskip("nbconvert")
+    import website
+
+    notebook = nbformat.read(NOTEBOOKS / f"{SOURCES['03'].stem}.ipynb", as_version=4)
+    page = website.page(notebook, before=["index"], after=[SOURCES["04"].stem])
+    assert not re.search(r"<script|<link|<iframe|@import", page)
+    assert not re.search(r'src="(?!data:image/png|pictures/)', page)
+    assert 'href="04_the_rolling_buffer.html"' in page and ".ipynb" not in page
+    assert "font-family:monospace" in page and "<details>" in page
+    assert f"<title>{notebook.cells[0].source.splitlines()[0][2:]}</title>" in page
+
+
+def test_no_notebook_needs_mathjax(number):
+    """Which the pages do not have."""
+    for cell in build.render(SOURCES[number], None).cells:
+        if cell.cell_type == "markdown":
+            assert not re.search(r"\$[^$]+\$|\\\(|\\\[", cell.source)
+
+
 # Exercises
 
 
 def answers():
     for number in NUMBERS:
         module = importlib.import_module(f"ex{number}")
-        for name in sorted(vars(module)):
-            if name.endswith("_wrong"):
-                exercise = name.removesuffix("_wrong")
-                right, wrong = getattr(module, exercise), getattr(module, name)
+        for checker in sorted(vars(importlib.import_module(f"exercises.ex{number}"))):
+            if checker.startswith("check_") and checker != "check_cases":
+                exercise = checker.removeprefix("check_")
+                wrong = [f"{exercise}_wrong{end}" for end in ("", "_2", "_3")]
+                wrong = [getattr(module, name) for name in wrong]
                 yield pytest.param(
-                    number, exercise, right, wrong, id=f"{number}-{exercise}"
-                )
+                    number, exercise, getattr(module, exercise), wrong,
+                    id=f"{number}-{exercise}",
+                )  # fmt: skip
 
 
-@pytest.mark.parametrize(("number", "exercise", "right", "wrong"), [*answers()])
+ANSWERS = [*answers()]
+
+
+@pytest.mark.parametrize(("number", "exercise", "right", "wrong"), ANSWERS)
 def test_exercise(number, exercise, right, wrong, capsys):
     checkers = importlib.import_module(f"exercises.ex{number}")
     check = getattr(checkers, f"check_{exercise}")
@@ -276,18 +509,88 @@ def test_exercise(number, exercise, right, wrong, capsys):
     else:
         stub = NotImplemented
     assert check(stub) is None
-    assert "not done yet" in capsys.readouterr().out
+    assert capsys.readouterr().out == f"{exercise}: not done yet.\n"
     assert check(right) is True
-    assert "right" in capsys.readouterr().out
-    assert check(wrong) is False
-    assert "not right yet" in capsys.readouterr().out
+    assert capsys.readouterr().out.startswith(f"{exercise}: right.")
+    assert [check(answer) for answer in wrong] == [False] * 3
+    told = capsys.readouterr().out.splitlines()
+    assert all(line.startswith(f"{exercise}: not right yet. ") for line in told)
+    assert len(set(told)) == len(told) == 3, told
 
 
-def test_broken_answer_is_told():
-    def broken(n, window):
-        raise ZeroDivisionError("mine")
+def fails(*_):
+    raise ZeroDivisionError("mine")
 
-    assert ex03.check_band(broken) is False
+
+NOTHING = [None, -1.5, "x", [], {}, (1, 2)]
+
+
+@pytest.mark.parametrize(("number", "exercise", "right", "wrong"), ANSWERS)
+def test_nonsense_is_not_right(number, exercise, right, wrong):
+    check = getattr(importlib.import_module(f"exercises.ex{number}"), f"check_{exercise}")
+    answers = [fails, *NOTHING]
+    if callable(right):
+        answers = [None, fails, *(lambda *_, it=it: it for it in NOTHING)]
+    assert not any(check(answer) for answer in answers)
+
+
+# Exercises whose answer stands in a cell above, word for word. There should be none.
+GIVEN_AWAY = {"compile_once"}
+
+
+@pytest.mark.parametrize(("number", "exercise", "right", "wrong"), ANSWERS)
+def test_answer_stands_in_no_cell_above(number, exercise, right, wrong):
+    answer = expression(NOTEBOOKS / "solutions" / f"ex{number}.py", exercise)
+    given = set()
+    for cell in build.render(SOURCES[number], None).cells:
+        if cell.cell_type == "code":
+            nodes = ast.walk(ast.parse(cell.source))
+            given |= {ast.unparse(node) for node in nodes if isinstance(node, ast.expr)}
+        elif answer and "<summary>Solution</summary>" in cell.source:
+            if re.search(rf"^(def {exercise}\(|{exercise} = )", cell.source, re.M):
+                break
+    assert (answer in given) == (exercise in GIVEN_AWAY), answer
+
+
+def expression(path, name):
+    """What a solution returns at last, or is, if that is more than a name or a constant."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
+            value = node.value
+        elif isinstance(node, ast.FunctionDef) and node.name == name:
+            value = [n for n in ast.walk(node) if isinstance(n, ast.Return)][-1].value
+        else:
+            continue
+        return None if isinstance(value, ast.Name | ast.Constant) else ast.unparse(value)
+
+
+def test_score(tmp_path, monkeypatch):
+    names = exercises.of_the_series()
+    assert len(names) == len(ANSWERS), "two exercises have the same name"
+    monkeypatch.setattr(exercises, "_tried", {})
+    for name in ("band", "layers_for", "scores"):
+        exercises.todo(name)
+    exercises.verdict("band", None)
+    exercises.verdict("scores", "It is wrong.")
+    assert exercises.score() == "Exercises: 1 of 3 right here."
+    # A reader's answers are remembered.
+    monkeypatch.setenv(exercises.SCORE, str(tmp_path / "score.json"))
+    assert exercises.score().endswith(
+        f"1 of 3 right here, 0 of {len(names)} in the series."
+    )
+    exercises.verdict("band", None)
+    exercises.verdict("scores", None)
+    monkeypatch.setattr(exercises, "_tried", {"slot": False})
+    assert exercises.score().endswith(
+        f"0 of 1 right here, 2 of {len(names)} in the series."
+    )
+    (tmp_path / "score.json").write_text("{broken")
+    assert exercises.score().endswith(f"0 of {len(names)} in the series.")
+
+
+def test_broken_answer_is_told(capsys):
+    assert ex03.check_band(fails) is False
+    assert "It raised ZeroDivisionError: mine" in capsys.readouterr().out
 
 
 # The torch of the notebooks, against an outside authority

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
-from ..kernels.experts import dispatch
 from ..kernels.replaced import replaces
 from ..layers import FeedForward
 from ..moe import mix
@@ -24,12 +23,17 @@ def mix_where_experts_are(
     bring all experts together."""
     shape, mesh = x.shape, mesh_of_array(jax.tree.leaves(experts)[0])
     x, chosen, weights = (a.reshape(-1, a.shape[-1]) for a in (x, chosen, weights))
+
+    def alone(experts, *rows):
+        """What one device makes of them."""
+        return mix.on_one_device(experts, *(row[None] for row in rows))[0]
+
     if mesh is None or all(mesh.shape[a] == 1 for a in mesh.shape if a != "pipe"):
-        return dispatch(experts, x, chosen, weights).reshape(shape)
+        return alone(experts, x, chosen, weights).reshape(shape)
     n_experts, sums = jax.tree.leaves(experts)[0].shape[0], ("expert", *MODEL)
 
     def here(first, experts, x, chosen, weights):
-        mixed = dispatch(experts, x, chosen - first[0], weights)
+        mixed = alone(experts, x, chosen - first[0], weights)
         return jax.lax.psum(mixed.astype(jnp.float32), sums).astype(x.dtype)
 
     def spec(path, leaf):

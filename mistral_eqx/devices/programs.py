@@ -91,7 +91,8 @@ def _copies(
     large: Iterable[tuple[int, ...]],
 ) -> Iterator[str]:
     """The instructions whose output is as large as a weight or a ring. XLA may drop axes of
-    length 1 and change the order of the others."""
+    length 1 and change the order of the others. By its shape alone, what 1,024 tokens are
+    on their way is a weight of 1,024 rows: `wk` of a 7B."""
     essence = lambda shape: tuple(sorted(n for n in shape if n > 1))
     wanted = {essence(shape) for shape in large}
     for name, dtype, shape, operation in instructions:
@@ -107,6 +108,8 @@ def _instructions(text: str) -> Iterator[tuple[str, str, tuple[int, ...], str]]:
     """The name, dtype, shape and operation of every instruction that XLA runs by itself:
     those inside of a fusion make nothing in memory."""
     fused = set()
+    # What a TPU puts back from the memory on the chip was fetched or made there.
+    put_back = set(re.findall(r"%([\w.\-]+) = .*S\(1\).* copy-start\(", text))
     for line in text.splitlines():
         if " fusion(" in line or "to_apply=" in line:
             fused |= set(_CALLED.findall(line))
@@ -115,6 +118,9 @@ def _instructions(text: str) -> Iterator[tuple[str, str, tuple[int, ...], str]]:
         if (header := _COMPUTATION.match(line)) is not None:
             inside = header[2]
         elif inside not in fused and (found := _INSTRUCTION.match(line)) is not None:
+            done = re.search(r" copy-done\(%?([\w.\-]+)\)", line)
+            if done is not None and done[1] in put_back:
+                continue
             shape = tuple(int(n) for n in found[3].split(",") if n)
             # A TPU fetches what it needs next into the memory on the chip.
             if "S(1)" not in found[4] or found[5].removesuffix("-start") in COLLECTIVES:

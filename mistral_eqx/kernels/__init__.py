@@ -13,4 +13,5 @@ where XLA needs help.
 | `dtypes.py` | the best dtype for weights and cache where nobody asks for one |
 | `rings.py` | attention to a ring in blocks, for accelerators and meshes |
 | `experts.py` | Mixtral's experts at the cost of the chosen ones |
+| `grouped.py` | the same on a TPU, by megablox |
 """

@@ -18,16 +18,31 @@ from . import cpu, quantized
 from .replaced import replaces
 
 
-@replaces(mix, on="any", derived=True)
+@replaces(mix, on="cpu", derived=True)
 def mix_chosen(
     experts: FeedForward,
     x: Float[Array, "batch seq dim"],
     chosen: Int32[Array, "batch seq top_k"],
     weights: Float[Array, "batch seq top_k"],
+    **sizes: int,
 ) -> Float[Array, "batch seq dim"]:
     """[`mistral_eqx.moe.mix`][], with the tokens of all rows as those of one."""
     flat = [array.reshape(-1, array.shape[-1]) for array in (x, chosen, weights)]
-    return dispatch(experts, *flat).reshape(x.shape)
+    return dispatch(experts, *flat, **sizes).reshape(x.shape)
+
+
+@replaces(mix, on="any", derived=True)
+def mix_in_large_blocks(
+    experts: FeedForward,
+    x: Float[Array, "batch seq dim"],
+    chosen: Int32[Array, "batch seq top_k"],
+    weights: Float[Array, "batch seq top_k"],
+    few: int = 2,
+) -> Float[Array, "batch seq dim"]:
+    """[`mix_chosen`][mistral_eqx.kernels.experts.mix_chosen] for accelerators, which wait
+    for weights rather than for products. A GPU even copies a block's weights first, if the
+    block has several tokens."""
+    return mix_chosen(experts, x, chosen, weights, few=few, parts=1)
 
 
 def dispatch(
@@ -35,10 +50,11 @@ def dispatch(
     x: Float[Array, "seq dim"],
     chosen: Int32[Array, "seq top_k"],
     weights: Float[Array, "seq top_k"],
+    **sizes: int,
 ) -> Float[Array, "seq dim"]:
     (seq, top_k), dim = chosen.shape, x.shape[1]
     n_experts = jax.tree.leaves(experts)[0].shape[0]
-    block, n_blocks = block_sizes(chosen.size, n_experts)
+    block, n_blocks = block_sizes(chosen.size, n_experts, **sizes)
     # The tokens of an expert get whole blocks. `slot` is the row in which each pair of a
     # token and an expert goes; pairs of absent experts get `slots`, which is no row.
     slots = n_blocks * block
@@ -115,34 +131,43 @@ def _one_of(experts: FeedForward, expert: Int32[Array, ""]) -> FeedForward:
 
 
 def _one_token(expert: FeedForward, x: Float[Array, "1 dim"]) -> Float[Array, "1 dim"]:
-    """As `expert(x)`. On a CPU every other product would first copy the expert's weights
-    out of the stack."""
+    """As `expert(x)`. On a CPU and on a GPU every other product would first copy the
+    expert's weights out of the stack."""
 
     def project(x, linear):
         if isinstance(linear, LoRALinear):
             return project(x, linear.base) + linear.added(x)
         if isinstance(linear, quantized.QuantizedLinear):
             parts, multiply = (linear.values, linear.scales), quantized.quantized_product
-            few = quantized.product_of_few_rows
+            ways = {"cpu": quantized.product_of_few_rows}
         else:
-            parts, multiply, few = (linear.weight,), product, cpu.product_of_few_rows
-        on_cpu = lambda x, *parts: few(x, *parts).astype(x.dtype)
-        return jax.lax.platform_dependent(x, *parts, cpu=on_cpu, default=multiply.plain)
+            parts, multiply = (linear.weight,), product
+            ways = {"cpu": cpu.product_of_few_rows, "cuda": _summed}
+        cast = lambda way: lambda x, *parts: way(x, *parts).astype(x.dtype)
+        ways = {platform: cast(way) for platform, way in ways.items()}
+        return jax.lax.platform_dependent(x, *parts, **ways, default=multiply.plain)
 
     gate = jax.nn.silu(project(x, expert.w1))
     return project(gate * project(x, expert.w3), expert.w2)
 
 
-def block_sizes(n_pairs: int, n_experts: int) -> tuple[int, int]:
+def _summed(x: Float[Array, "1 in"], weight: Float[Array, "out in"]) -> Array:
+    return jnp.sum(x.astype(jnp.float32) * weight.astype(jnp.float32), axis=-1)[None, :]
+
+
+def block_sizes(
+    n_pairs: int, n_experts: int, few: int = 8, parts: int = 4
+) -> tuple[int, int]:
     """How many tokens there are in a block, and the most blocks that can be needed.
 
     **Arguments:**
 
     - `n_pairs`: of a token and an expert.
     - `n_experts`: to share them.
+    - `few`: with up to so many pairs an expert, blocks have one token.
+    - `parts`: with more, a block is this part of an expert's average share.
     """
     # Each block reads one expert's weights. With few tokens, as in decode, reading is all
-    # the cost, so blocks have one token. With many, a block is a quarter of an expert's
-    # average share, so that padding adds a quarter at most.
-    block = 1 if n_pairs <= 8 * n_experts else max(16, n_pairs // (4 * n_experts))
+    # the cost, so blocks have one token. With many, padding adds 1 / `parts` at most.
+    block = 1 if n_pairs <= few * n_experts else max(16, n_pairs // (parts * n_experts))
     return block, (n_pairs + min(n_pairs, n_experts) * (block - 1)) // block

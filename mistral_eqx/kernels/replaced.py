@@ -84,22 +84,15 @@ def replaceable(*, shared: tuple[str, ...] = ()) -> Callable[[Callable], Callabl
             return jax.jvp(of_moving, pick(leaves), pick(tangents))
 
         # If other programs have gradients of their own, these are what is computed.
-        @eqx.filter_custom_vjp
-        def in_reverse(args):
-            return on_batch(*args)
-
-        @in_reverse.def_fwd
-        def forward(perturbed, args):
-            return on_batch(*args), None
-
-        @in_reverse.def_bwd
-        def backward(_, grads, perturbed, args):
-            moving, still = eqx.partition(args, perturbed)
+        def of_rows(grads, moving, still):
             # A shared argument has a gradient for each row, if those are asked for.
             shared_parts = [part for part, alone in zip(moving, is_shared) if alone]
             if jax.tree.leaves(shared_parts):
                 return _run(gradient_programs(), (grads, *moving, *still))
             return gradients(grads, *moving, *still)
+
+        def of_one_device(grads, moving, still):
+            return _where_it_runs(gradient_programs(), (grads, *moving, *still))
 
         def pulled_back(way: Callable) -> Callable:
             def gradients(grads, *halves):
@@ -114,6 +107,10 @@ def replaceable(*, shared: tuple[str, ...] = ()) -> Callable[[Callable], Callabl
             return {place: pulled_back(way) for place, way in ways.items()}
 
         gradients = _rows_together(gradient_programs, (False, *is_shared, *is_shared))
+        in_reverse = _with_gradients(lambda args: on_batch(*args), of_rows)
+        on_one_device = _with_gradients(
+            lambda args: _where_it_runs(programs(), args), of_one_device
+        )
 
         @functools.wraps(plain)
         def call(*args):
@@ -129,7 +126,7 @@ def replaceable(*, shared: tuple[str, ...] = ()) -> Callable[[Callable], Callabl
 
         call.plain, call.batched = plain, batched_plain
         call.others, call.derived = others, derived
-        call.on_one_device = lambda *args: _where_it_runs(programs(), args)
+        call.on_one_device = lambda *args: on_one_device(args)
         REPLACEABLE[plain.__name__] = call
         return call
 
@@ -186,6 +183,19 @@ def _switched(name: str, value) -> Iterator[None]:
     finally:
         _switch[name] = before
         jax.clear_caches()
+
+
+def _with_gradients(run: Callable, gradients: Callable) -> Callable:
+    """A function of a tuple of arguments, and what gives their gradients from that of its
+    output, from the arguments that have one and from the others."""
+    in_reverse = eqx.filter_custom_vjp(run)
+    in_reverse.def_fwd(lambda perturbed, args: (run(args), None))
+
+    @in_reverse.def_bwd
+    def backward(_, grads, perturbed, args):
+        return gradients(grads, *eqx.partition(args, perturbed))
+
+    return in_reverse
 
 
 def _rows_together(

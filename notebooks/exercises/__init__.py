@@ -1,8 +1,24 @@
 """The checkers of the exercises, a module for each notebook. Each checker says "not done
 yet", what is wrong, or "right", and returns `None`, `False` or `True`. The answers are in
-`solutions/`."""
+`solutions/`.
 
+Right answers are remembered in `.score.json` beside the notebooks, for the score of the
+series. The file is yours alone: git ignores it, and deleting it starts anew.
+"""
+
+import ast
+import json
+import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
+
+
+FOLDER = Path(__file__).resolve().parent
+# Names another file for the right answers. If it is empty, nothing is remembered: so it is
+# when notebooks are built or tested.
+SCORE = "MISTRAL_EQX_NOTEBOOK_SCORE"
+# The exercises that were tried in this kernel, and whether the last answer was right.
+_tried: dict[str, bool] = {}
 
 
 def verdict(name: str, wrong: str | None, praise: str = "") -> bool:
@@ -10,12 +26,16 @@ def verdict(name: str, wrong: str | None, praise: str = "") -> bool:
     print(
         f"{name}: not right yet. {wrong}" if wrong else f"{name}: right. {praise}".strip()
     )
+    _tried[name] = wrong is None
+    if wrong is None:
+        _remember(name)
     return wrong is None
 
 
 def todo(name: str) -> None:
     """Prints that nothing has been answered."""
     print(f"{name}: not done yet.")
+    _tried[name] = False
 
 
 def call(function: Callable, *arguments):
@@ -41,7 +61,50 @@ def check_cases(
         if answer is NotImplemented:
             return todo(name)
         if wrong is None:
-            wrong = fault(answer, *arguments)
+            wrong, failed = call(fault, answer, *arguments)
+            if failed:
+                wrong = f"It gives an answer of another kind: {answer!r:.60}."
         if wrong:
             break
     return verdict(name, wrong, praise)
+
+
+def score() -> str:
+    """How many exercises are right: of this notebook, and, for a reader, of the series."""
+    told = f"{sum(_tried.values())} of {len(_tried)} right here"
+    if _file() is not None:
+        names = of_the_series()
+        told += f", {len(names & _remembered())} of {len(names)} in the series"
+    return f"Exercises: {told}."
+
+
+def of_the_series() -> set[str]:
+    """The names of all exercises: each has a `check_name` in one of the modules here."""
+    names = set()
+    for path in FOLDER.glob("ex[0-9][0-9].py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("check_"):
+                names.add(node.name.removeprefix("check_"))
+    return names
+
+
+def _file() -> Path | None:
+    path = os.environ.get(SCORE, str(FOLDER.parent / ".score.json"))
+    return Path(path) if path else None
+
+
+def _remembered() -> set[str]:
+    """A file that is not there or cannot be read counts as empty."""
+    try:
+        return set(map(str, json.loads(_file().read_text())))
+    except (OSError, TypeError, ValueError):
+        return set()
+
+
+def _remember(name: str) -> None:
+    path = _file()
+    if path is not None:
+        try:
+            path.write_text(json.dumps(sorted(_remembered() | {name})) + "\n")
+        except OSError:
+            pass  # A folder that cannot be written to remembers nothing.

@@ -1,8 +1,10 @@
 """The checkers of notebook 05."""
 
+import functools
 from collections.abc import Callable
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -14,12 +16,19 @@ def check_culprit(answer: str) -> bool | None:
         return todo("culprit")
     traces = {name: count_culprit(name) for name in "ABC"}
     most = max(traces, key=traces.get)
+    reasons = {
+        "A": "its step is an array of JAX, whose value is no part of a program",
+        "B": "filter_jit takes a number of NumPy for an array",
+    }
     wrong = None
-    if answer != most:
-        wrong = f"{answer!r} is traced {traces.get(answer, 'no such function: 0')} times."
+    if not isinstance(answer, str) or answer not in traces:
+        wrong = f"{answer!r} is none of A, B and C."
+    elif answer != most:
+        wrong = f"{answer} is traced in {traces[answer]} call of 10: {reasons[answer]}."
     return verdict("culprit", wrong, f"Traced for A, B, C: {tuple(traces.values())}.")
 
 
+@functools.cache
 def count_culprit(name: str) -> int:
     """How often each function of the exercise is traced, by running it."""
     traces = []
@@ -49,11 +58,14 @@ def check_buckets(buckets: list[int]) -> bool | None:
     if buckets is NotImplemented:
         return todo("buckets")
     wrong = None
-    if len(buckets) == 0:
+    edges, failed = call(lambda: [int(edge) for edge in buckets])
+    if failed or edges != list(buckets):
+        wrong = "It should be a list of whole numbers."
+    elif len(edges) == 0:
         wrong = "There is no bucket, so no prompt fits."
-    elif len(buckets) > 4:
-        wrong = f"There are {len(buckets)} buckets: four programs at most."
-    elif max(buckets) < LENGTHS.max():
+    elif len(edges) > 4:
+        wrong = f"There are {len(edges)} buckets: four programs at most."
+    elif max(edges) < LENGTHS.max():
         wrong = f"The longest prompt has {LENGTHS.max()} tokens and fits in none."
     else:
         pads, powers = padded(LENGTHS, buckets), padded(LENGTHS, [64, 128, 256, 512])
@@ -66,7 +78,7 @@ def check_compile_once(compile_once: Callable) -> bool | None:
     traces = []
 
     def scaled(x, step):
-        traces.append(0)
+        traces.append(isinstance(x, jax.core.Tracer))
         return x * step
 
     run, wrong = call(compile_once, scaled)
@@ -76,6 +88,8 @@ def check_compile_once(compile_once: Callable) -> bool | None:
         answer, wrong = (None, wrong) if wrong else call(run, jnp.ones(4, jnp.int32), step)
         if wrong is None and not np.all(answer == step):
             wrong = f"For step {step} it gives {answer}."
+    if wrong is None and not all(traces):
+        wrong = "Nothing is compiled: it runs as plain Python at every call."
     if wrong is None and len(traces) != 1:
-        wrong = f"It is traced {len(traces)} times."
+        wrong = f"It is traced {len(traces)} times: is the step a constant of the program?"
     return verdict("compile_once", wrong)

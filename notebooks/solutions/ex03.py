@@ -11,6 +11,14 @@ def band_wrong(n, window):
     return np.triu(np.tril(np.ones((n, n), bool)), -window)
 
 
+def band_wrong_2(n, window):
+    return band(n, window).T
+
+
+def band_wrong_3(n, window):
+    return np.triu(np.tril(np.ones((n, n), bool)), 2 - window)
+
+
 def layers_for(reach, window):
     return -(-reach // (window - 1))
 
@@ -19,9 +27,25 @@ def layers_for_wrong(reach, window):
     return -(-reach // window)
 
 
+def layers_for_wrong_2(reach, window):
+    return reach // (window - 1)
+
+
+def layers_for_wrong_3(reach, window):
+    return reach // (window - 1) + 1
+
+
 def scores(n, window):
     return sum(min(t + 1, window) for t in range(n))
 
 
 def scores_wrong(n, window):
     return n * window
+
+
+def scores_wrong_2(n, window):
+    return n * (n + 1) // 2
+
+
+def scores_wrong_3(n, window):
+    return sum(min(t, window - 1) for t in range(n))

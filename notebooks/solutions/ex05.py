@@ -10,10 +10,14 @@ from exercises import ex05
 # A Python int is no array: filter_jit holds it for a constant of the program.
 culprit = "C"
 culprit_wrong = "A"
+culprit_wrong_2 = "B"
+culprit_wrong_3 = "D"
 
 
 buckets = [int(np.quantile(ex05.LENGTHS, q)) for q in (0.6, 0.85, 0.95, 1.0)]
 buckets_wrong = [64, 128, 256, 512]
+buckets_wrong_2 = []
+buckets_wrong_3 = [4, 16, 64, 256]
 
 
 def compile_once(function):
@@ -22,3 +26,11 @@ def compile_once(function):
 
 def compile_once_wrong(function):
     return eqx.filter_jit(function)
+
+
+def compile_once_wrong_2(function):
+    return function
+
+
+def compile_once_wrong_3(function):
+    return jax.jit(lambda x, step: function(x, 0))

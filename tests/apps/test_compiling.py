@@ -16,7 +16,7 @@ from mistral_eqx import cache, decoding, layers
 from mistral_eqx.apps import compiling
 from mistral_eqx.apps.compiling import bound, compile_programs
 from mistral_eqx.config import MoEConfig
-from mistral_eqx.devices import sharding
+from mistral_eqx.devices import programs, sharding
 from mistral_eqx.devices.chips import CHIPS, described_devices
 from mistral_eqx.files.inspection import plan
 
@@ -171,6 +171,22 @@ def test_without_a_compiler(monkeypatch):
     for name, extra in (("v5e:2x4", "tpu-compiler"), ("h100", "cuda-compiler")):
         with pytest.raises(ImportError, match=rf"\(no plugin\).*\[{extra}\]"):
             described_devices(name)
+
+
+def test_what_a_tpu_puts_back_is_no_copy():
+    """Of three arrays with the shape of a weight, one comes from the memory on the chip,
+    one is fetched there, and one is a copy."""
+    text = """ENTRY %main (x: bf16[8,4]) -> bf16[8,4] {
+  %x = bf16[8,4]{1,0} parameter(0)
+  %start.1 = (bf16[8,4]{1,0}, bf16[8,4]{1,0:S(1)}, u32[]) copy-start(%made)
+  %done.1 = bf16[8,4]{1,0} copy-done(%start.1)
+  %start.2 = (bf16[8,4]{1,0:S(1)}, bf16[8,4]{1,0}, u32[]) copy-start(%x)
+  %done.2 = bf16[8,4]{1,0:S(1)} copy-done(%start.2)
+  %start.3 = (bf16[8,4]{1,0}, bf16[8,4]{1,0}, u32[]) copy-start(%x)
+  %done.3 = bf16[8,4]{1,0} copy-done(%start.3)
+}"""
+    found = programs._copies(list(programs._instructions(text)), [(8, 4)])
+    assert list(found) == ["copy-done done.3 bf16[8,4]"]
 
 
 def test_bound():

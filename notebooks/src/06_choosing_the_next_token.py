@@ -1,0 +1,1244 @@
+# ---
+# jupyter:
+#   budget: 120
+#   cover: 7
+# ---
+
+# %% [markdown]
+# # Choosing the next token
+#
+# **What do temperature, top-k, top-p, min-p and beams do to the distribution of the next
+# token, and why do beams repeat themselves?**
+#
+# - **You will be able to** write each filter in three lines and prove it; draw a token by
+#   hand; write a decoding loop of your own; say what a beam search finds and what it
+#   misses; and show by measurement why it ends in a loop.
+# - **Before this**: [05](05_what_the_compiler_sees.ipynb), which explains `jit`.
+# - **Time**: {{time}}.
+# - **The code lives in** `mistral_eqx/sampling.py`, `decoding.py`, `beams.py`,
+#   `generation.py` and `scoring.py`, and in `generate` of `one_file_ref.py`.
+# - **Model and data**: the embedded model, which has read Shakespeare and the Bible, and
+#   Shakespeare that it has never seen.
+# - **Torch**: live if installed, else its recorded answers.
+# - **Predict first**: how many tokens does top-p 0.9 keep? A search is stuck in "I pray
+#   thee, I pray thee,": how probable is one more round?
+#
+# The letters: `B` texts side by side, `T` tokens in a text, `V` tokens in the vocabulary,
+# `W` window; see [README.md](README.md).
+
+# %%
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+
+import mistral_eqx as mx
+import nb06
+import nbtools as nb
+import one_file_ref
+from exercises import ex06
+
+
+plt.rcParams["figure.dpi"] = 84  # eight figures in one small file
+key = jax.random.key(0)
+nb.versions()
+
+# %%
+oracle = nb.Oracle("06")
+package, tokenizer = mx.load(dtype=jnp.float32)
+V = package.config.vocab_size
+
+
+# %% [markdown]
+# Three helpers for all that follows. `next_logits` runs the model on a text. `kept_by`
+# counts the tokens that a sampler may draw. `word` spells a token as it stands inside a
+# text, with its leading blank. (The tokenizer drops that blank at the start of a text, so
+# `word` decodes the token after a letter and removes the letter.)
+
+
+# %%
+def next_logits(text):  # of the token that follows: [V]
+    _, logits = mx.prefill(package, [tokenizer.encode(text)])
+    return logits[0]
+
+
+def kept_by(logits, **options):
+    return int(jnp.isfinite(mx.Sampling(**options).scores(logits)).sum())
+
+
+letter = tokenizer.encode("a")[-1]
+word = lambda token: tokenizer.decode([letter, int(token)])[1:]
+
+# %% [markdown]
+# ## One vector
+#
+# The model reads a text and answers with one vector of `V` numbers, the **logits**, one
+# for each token that it knows. The softmax makes probabilities of them: `exp` of each,
+# divided by the sum. Everything in this notebook happens to that vector, or to a text
+# made of many such choices. Here are two beginnings. One is a famous line, the other
+# could go on in many ways.
+
+# %%
+famous, free = "O Romeo, Romeo, wherefore art", "The king is"
+logits = {text: next_logits(text) for text in (famous, free)}
+chances = {text: jax.nn.softmax(x) for text, x in logits.items()}  # each [V]
+
+# %%
+nb06.bars(chances, word)
+nb.caption(
+    "after the famous line the model is sure of one token. After the other, the best "
+    "token has about a twentieth of the probability, and ten others have at least a fifth "
+    "of what it has. The same rule must serve both."
+)
+
+# %%
+best = [float(chances[text].max()) for text in (famous, free)]
+nb.check("probability of the best token, famous line", best[0], gt=0.8)
+nb.check("probability of the best token, free line", best[1], lt=0.1)
+fifth = int((chances[free] > best[1] / 5).sum()) - 1
+nb.check("others with a fifth of the best one's probability, free", fifth, gt=9)
+
+# %% [markdown]
+# **Top-p** keeps the smallest set of tokens whose probabilities sum to `p`, and drops the
+# rest (Holtzman et al., who call it nucleus sampling). A common value is 0.9.
+#
+# **Predict.** How many of the 2,048 tokens does top-p 0.9 keep after "The king is": up to
+# 10, up to 50, or more than 200?
+
+# %%
+my_kept = None  # "up to 10", "up to 50" or "more than 200"
+
+# %% [markdown]
+# `mx.Sampling` holds the options of a sampler. Its method `scores` gives the logits of
+# the distribution that is drawn from, with `-inf` for each token that is dropped; `exp`
+# makes a zero of that.
+
+# %%
+counts = {t: kept_by(x, temperature=1.0, top_p=0.9) for t, x in logits.items()}
+size = nb06.band(counts[free], {10: "up to 10", 50: "up to 50"}, "more than 200")
+why = {
+    "up to 10": "the bars above hold less than half of the probability together.",
+    "up to 50": "the tail is long: each rare token is small, and there are many.",
+}
+nb.guess("Tokens that top-p 0.9 keeps after “The king is”", my_kept, size, why=why)
+
+# %%
+nb.check("tokens that top-p 0.9 keeps, famous line", counts[famous], eq=1)
+nb.check("tokens that top-p 0.9 keeps, free line", counts[free], gt=200)
+
+# %%
+nb.say(
+    f"**Takeaway.** The same top-p of 0.9 keeps {counts[famous]} token after one line and "
+    f"{counts[free]} after another: it follows the model's certainty."
+)
+
+# %% [markdown]
+# ## Four rules, three lines each
+#
+# **Temperature** divides the logits. Below 1 their differences grow and the best token
+# gains; above 1 they shrink. Four words, four temperatures:
+
+# %%
+four = jnp.array([2.0, 1.0, 0.0, -1.0])  # the logits of four words
+heats = jnp.array([0.25, 1.0, 4.0, 100.0])
+print(np.round(jax.nn.softmax(four / heats[:, None]), 3))  # [4 temperatures, 4 words]
+
+# %% [markdown]
+# Row by row: almost greedy, unchanged, flat, almost a die. The order of the words never
+# changes and none gets zero, so temperature alone drops nothing. The other three rules
+# do. Each says which tokens stay. Here they are in plain NumPy, with a sort.
+
+
+# %%
+def keep_top_k(p, k):  # the k most probable
+    return p >= np.sort(p)[-k]
+
+
+def keep_top_p(p, share):  # those before which less than `share` is reached
+    order = np.argsort(-p, kind="stable")
+    before = np.cumsum(p[order]) - p[order]
+    return (before < share)[np.argsort(order)]
+
+
+def keep_min_p(p, share):  # those with `share` of the best one's probability
+    return p >= share * p.max()
+
+
+# %%
+p = np.asarray(jax.nn.softmax(four), np.float64)  # [4]
+print("p        ", np.round(p, 3))
+print("top-k 2  ", keep_top_k(p, 2))
+print("top-p 0.8", keep_top_p(p, 0.8))
+print("min-p 0.1", keep_min_p(p, 0.1))
+
+# %% [markdown]
+# Look at top-p. The first word alone has less than 0.8, the first two have more. The word
+# that *crosses* the line stays, or else the set would sum to less than `p`. Leaving it
+# out is an easy mistake: after the famous line, where the first token crosses 0.9 by
+# itself, nothing at all would be left.
+#
+# This is the package's code. It uses no sort: a function `_threshold` finds the cut by
+# bisection, bit by bit, in 32 passes over the vector. `jax.lax.cond` is an `if` inside a
+# compiled program, so a rule that is switched off costs nothing.
+
+# %%
+nb.show_source(mx.Sampling._filter, mx.Sampling._keep_min_p)
+
+# %% [markdown]
+# Do they agree? The plain way applies one rule after another and normalises in between.
+# We take 32 places in unseen Shakespeare and five settings. `jax.vmap` turns a function
+# of one row into one of many rows: `jax.vmap(f)(rows)` is a `stack` of `f(row)`, computed
+# at once.
+
+
+# %%
+def naive_probabilities(logits, temperature, **rules):
+    p = np.asarray(jax.nn.softmax(logits / temperature), np.float64)
+    for name, value in rules.items():
+        keep = {"top_k": keep_top_k, "top_p": keep_top_p, "min_p": keep_min_p}[name]
+        p = np.where(keep(p, value), p, 0.0)
+        p /= p.sum()
+    return p
+
+
+# %%
+settings = [
+    dict(temperature=0.7),
+    dict(temperature=0.7, top_k=40),
+    dict(temperature=1.5, top_p=0.9),
+    dict(temperature=1.3, min_p=0.1),
+    dict(temperature=1.2, top_k=100, top_p=0.8, min_p=0.02),
+]
+
+# %% [markdown]
+# One run of the model gives the logits at all places of a text. Both ways get the same
+# logits. We count the places where they keep different sets of tokens, and compare the
+# probabilities.
+
+# %%
+text = jnp.asarray(nb.held_out(256))
+places = jax.jit(lambda model, text: model(text)[0])(package, text)[7::8]  # [32, V]
+rows = []
+for options in settings:
+    ours = np.asarray(jax.nn.softmax(jax.vmap(mx.Sampling(**options).scores)(places)))
+    naive = np.stack([naive_probabilities(row, **options) for row in places])
+    kept, differ = (ours > 0).sum(axis=1), ((ours > 0) != (naive > 0)).any(axis=1)
+    gap = float(np.abs(ours - naive).max())
+    rows.append([nb06.spelled(options), f"{min(kept)} to {max(kept)}", differ.sum(), gap])
+nb.table(["options", "tokens kept", "places with another set", "max abs Δ p"], rows)
+
+# %%
+differing = sum(row[2] for row in rows)
+nb.check("places of 160 where the kept sets differ", differing, eq=0)
+nb.check("max|Δ p|, package and NumPy", max(row[3] for row in rows), lt=1e-5)
+crossing = kept_by(four, temperature=1.0, top_p=0.8)
+nb.check("words that top-p 0.8 keeps of the four", crossing, eq=2)
+
+# %% [markdown]
+# And how many tokens does each rule keep after the two lines of the first section?
+
+# %%
+rules = {"top-k 50": dict(top_k=50), "top-p 0.9": dict(top_p=0.9)}
+rules["min-p 0.1"] = dict(min_p=0.1)
+kept = {
+    text: {name: kept_by(x, temperature=1.0, **rule) for name, rule in rules.items()}
+    for text, x in logits.items()
+}
+nb06.ranked(chances, kept)
+nb.caption(
+    "the black line, probability by rank, falls steeply after the famous line and slowly "
+    "after the free one. Top-k cuts at the same rank in both. Top-p and min-p cut at rank "
+    "1 above and far to the right below, and there top-p keeps several times more."
+)
+
+# %%
+ratio = kept[free]["top-p 0.9"] / kept[free]["min-p 0.1"]
+nb.check("top-k 50 keeps", [kept[famous]["top-k 50"], kept[free]["top-k 50"]], eq=[50, 50])
+nb.check("min-p 0.1 keeps, famous line", kept[famous]["min-p 0.1"], lt=3)
+nb.check("top-p 0.9 keeps, over min-p 0.1, free line", ratio, gt=2)
+
+# %%
+nb.say(
+    f"**Takeaway.** Three lines of NumPy and the package keep the same tokens at "
+    f"{160 - differing} of 160 places. Top-k counts tokens, top-p sums probability, min-p "
+    "compares with the best."
+)
+
+# %% [markdown]
+# ## First heat, then filter
+#
+# The order matters. The package divides by the temperature *first*, as Hugging Face's
+# transformers does, and the rules see the heated distribution.
+#
+# **Predict.** Top-p stays as it is, and the temperature goes from 1 to 4. How many tokens
+# does top-p keep then, after "The king is": as many, about twice as many, or more than
+# three times as many?
+
+# %%
+my_growth = None  # "as many", "twice as many" or "more than three times"
+
+# %% [markdown]
+# `nb.knob` is a number that you may change, to one of those listed; the section runs with
+# each of them.
+
+# %%
+top_p = nb.knob(0.9, of=(0.5, 0.9, 0.95))
+vector = next_logits("The king is")  # [V]
+rules = {"top-k 50": dict(top_k=50), f"top-p {top_p}": dict(top_p=top_p)}
+rules["min-p 0.1"] = dict(min_p=0.1)
+
+# %%
+temperatures = 2.0 ** np.arange(-3, 5.25, 0.25)
+curves = {
+    name: {float(t): kept_by(vector, temperature=float(t), **rule) for t in temperatures}
+    for name, rule in rules.items()
+}
+
+# %%
+by_top_p = curves[f"top-p {top_p}"]
+growth = by_top_p[4.0] / by_top_p[1.0]
+size = nb06.band(growth, {1.5: "as many", 3: "twice as many"}, "more than three times")
+why = {
+    "as many": "the sum has to reach p in a distribution that has become flat.",
+    "twice as many": "the heated tail is almost as high as the top.",
+}
+nb.guess("Top-p at temperature 4, over temperature 1", my_growth, size, why=why)
+
+# %% [markdown]
+# So top-p does not undo a high temperature: it keeps more. The figure has the whole range.
+
+# %%
+nb06.heat(curves, V)
+nb.caption(
+    "top-k keeps its number at every temperature. Top-p keeps one or two tokens when it is "
+    "cold and ends at its share of the whole vocabulary. Min-p starts as low, and in the "
+    "end keeps everything."
+)
+
+# %%
+nb.check("top-k 50, numbers kept", sorted(set(curves["top-k 50"].values())), eq=[50])
+nb.check("top-p, least kept", min(by_top_p.values()), lt=5)
+nb.check("min-p, least kept", min(curves["min-p 0.1"].values()), lt=5)
+nb.check("top-p at 32, share of V over p", by_top_p[32.0] / V / top_p, near=1, rtol=0.15)
+nb.check("min-p at temperature 32 keeps", curves["min-p 0.1"][32.0], eq=V)
+nb.check("growth of top-p from temperature 1 to 4", growth, gt=3)
+
+# %% [markdown]
+# A program that filters first and heats afterwards keeps the number that stands at
+# temperature 1 in this figure, whatever the temperature is. Both orders are in use, so
+# the same options mean different things in different programs.
+
+# %%
+nb.say(
+    f"**Takeaway.** From temperature 1 to 4, top-p {top_p} goes from {by_top_p[1.0]} to "
+    f"{by_top_p[4.0]:,} tokens and top-k 50 stays at 50: say in which order you filter."
+)
+
+# %% [markdown]
+# ## The draw
+#
+# Now a token is drawn. JAX has no hidden random state. A **key** is an array that stands
+# for the state, and the same key gives the same numbers, always.
+# `jax.random.categorical(key, logits)` draws an index. It takes *logits*, and nothing
+# stops you from giving it probabilities.
+#
+# **Predict.** An earlier JAX port of Mistral gave it probabilities. "thou" has more than
+# 0.9 after the famous line. How often is "thou" drawn if `categorical` is given
+# probabilities: 9 times in 10, every second time, or hardly ever?
+
+# %%
+my_share = None  # "9 in 10", "every second" or "hardly ever"
+
+
+# %%
+@eqx.filter_jit
+def many_draws(draw, n):  # n draws, of 2,000 keys at a time
+    numbered = lambda i: draw(jax.random.fold_in(key, i))
+    return jax.lax.map(numbered, jnp.arange(n), batch_size=2000)
+
+
+p = jax.nn.softmax(next_logits("O Romeo, Romeo, wherefore art"))  # [V]
+drawn = many_draws(lambda key: jax.random.categorical(key, p), 2_000)
+share = float((drawn == p.argmax()).mean())
+
+# %%
+often = nb06.band(share, {0.05: "hardly ever", 0.7: "every second"}, "9 in 10")
+why = {
+    "9 in 10": "the softmax is applied once more, to numbers between 0 and 1.",
+    "every second": "a logit of at most 1 cannot outweigh 2,047 others that are near 0.",
+}
+nb.guess("“thou”, if probabilities are given", my_share, often, why=why)
+nb.check("share of “thou” if probabilities are given", share, lt=0.01)
+
+# %% [markdown]
+# Nothing fails and nothing warns; the text is noise. How does the right draw work? Add
+# **Gumbel noise** to each logit, which is `-log(-log(u))` with `u` uniform between 0 and
+# 1, and take the largest. The index is then distributed by the softmax. So a draw is a
+# greedy choice on noisy logits. We check it against the package's sampler.
+
+# %%
+mild = mx.Sampling(temperature=0.8, top_p=0.9)
+vector = next_logits("The king is")  # [V]
+by_hand = lambda key: jnp.argmax(mild.scores(vector) + jax.random.gumbel(key, (V,)))
+keys = jax.random.split(key, 200)
+same = jax.vmap(by_hand)(keys) == jax.vmap(lambda key: mild(vector, key=key))(keys)
+nb.check("draws of 200 that the noise explains", int(same.sum()), eq=200)
+
+# %% [markdown]
+# Are 4,000 draws of the package distributed as they should be? The measure is the
+# **total variation**: half the summed absolute difference between two distributions, 0
+# for equal ones and 1 for disjoint ones. Even perfect draws miss by chance, and by how
+# much is known: a token of probability `p` by about `√(p (1 − p) / n)` in `n` draws.
+
+
+# %%
+def compared(drawn, p):  # total variation; by chance alone; dropped tokens drawn
+    share = np.bincount(np.asarray(drawn), minlength=V) / len(drawn)
+    chance = np.sqrt(2 / np.pi) * np.sqrt(p * (1 - p) / len(drawn)).sum() / 2
+    return [np.abs(share - p).sum() / 2, chance, int((share[p == 0] > 0).sum())]
+
+
+n_draws, rows = 4_000, []
+for options in (dict(temperature=1.5, top_p=0.8), dict(temperature=1.0)):
+    sampling = mx.Sampling(**options)
+    p = np.asarray(jax.nn.softmax(sampling.scores(vector)), np.float64)  # [V]
+    drawn = many_draws(lambda key: sampling(vector, key=key), n_draws)
+    rows.append([nb06.spelled(options), *compared(drawn, p)])
+
+# %% [markdown]
+# The second, plain temperature 1, is drawn once more with the mistake.
+
+# %%
+mistaken = lambda key: jax.random.categorical(key, jax.nn.softmax(vector))
+bad = many_draws(mistaken, n_draws)
+rows.append(["*probabilities given*", *compared(bad, p)])
+nb.table(["options", "total variation", "by chance alone", "dropped tokens drawn"], rows)
+
+# %%
+over = max(row[1] / row[2] for row in rows[:2])
+nb.check("total variation over chance, worst sampler", over, lt=1.5)
+nb.check("dropped tokens that were drawn", sum(row[3] for row in rows[:2]), eq=0)
+nb.check("total variation, probabilities given", rows[2][1], gt=0.5)
+
+# %% [markdown]
+# In a picture, each token by the probability that it should have and the share of the
+# draws that it got:
+
+# %%
+shares = lambda drawn: np.bincount(np.asarray(drawn), minlength=V) / len(drawn)
+drawings = {"logits given": shares(drawn), "probabilities given": shares(bad)}
+nb06.scatter(p, drawings, n_draws)
+nb.caption(
+    "each mark is a token after “The king is”; the lowest marks were never drawn. With "
+    "logits they follow the diagonal. With probabilities they lie flat: every token of the "
+    "vocabulary is drawn about equally often, whatever the model says."
+)
+
+# %%
+common = p > 0.003
+along = np.corrcoef(p[common], shares(drawn)[common])[0, 1]
+nb.check("correlation of p and draws, logits", along, gt=0.8)
+nb.check("most drawn over the mean, probabilities", shares(bad).max() * V, lt=5)
+
+# %%
+nb.say(
+    f"**Takeaway.** Right draws miss the distribution by {rows[1][1]:.2f}, by chance; one "
+    f"wrong argument makes it {rows[2][1]:.2f}, and no error is raised."
+)
+
+# %% [markdown]
+# ## A loop of your own
+#
+# Writing a text is the draw, again and again. The plain loop reads the whole text anew
+# for each token. One key must not be used twice, so each step makes its own with
+# `jax.random.fold_in`, which mixes a number into a key:
+#
+# ```python
+# key = jax.random.key(0)
+# jax.random.fold_in(key, 7)  # a new key, the same every time
+# jax.random.fold_in(key, 8)  # another one
+# ```
+#
+# The package folds in two numbers: the copy (prompts that occur twice in a batch shall
+# get different texts), and then the *position* of the token. Nothing else enters, so a
+# prompt gets the same text alone as in any batch.
+
+# %%
+prompt, n_made = tokenizer.encode("My lord, I"), 32
+mild = mx.Sampling(temperature=0.8, top_p=0.9)
+
+# %%
+# One program for all lengths: pads come after the text, where no token of it looks.
+read = jax.jit(lambda model, padded, n: model(padded)[0][n - 1])
+
+
+def naive_text(prompt, n_made, key, fold=jax.random.fold_in):
+    text, row_key = list(prompt), jax.random.fold_in(key, 0)  # copy 0
+    while len(text) < len(prompt) + n_made:
+        row = read(package, jnp.asarray(text + [0] * (48 - len(text))), len(text))
+        text.append(int(mild(row, key=fold(row_key, len(text)))))
+    return text[len(prompt) :]
+
+
+# %% [markdown]
+# The package's loop has three parts, and you can put them together yourself. `prefill`
+# reads the prompt into a cache. `DecodeState.start` makes the state: the cache, the
+# logits, the keys, and what ends a row. `decode_step` chooses a token for each row and
+# runs the model on it. `donate_argnums=1` lets the compiled step overwrite the old state,
+# so that the cache is not copied. `change` is our own: any function of the state, called
+# between two steps.
+
+# %%
+step = jax.jit(mx.decode_step, donate_argnums=1)
+
+
+def begin(prompt, n_made, sampling):
+    cache, row = mx.prefill(package, [prompt], max_tokens=n_made)
+    options = dict(max_tokens=n_made, prompts=[prompt], sampling=sampling, key=key)
+    return mx.DecodeState.start(package, cache, row, **options)
+
+
+def write_text(prompt, n_made, sampling, change=lambda state: state):
+    state, made = begin(prompt, n_made, sampling), []
+    while not state.ended.all():
+        state, choice = step(package, change(state))
+        made.append(int(choice.tokens[0]))
+    return made
+
+
+# %% [markdown]
+# Two shorter ways lead to the same text. `mx.decode` runs up to 64 steps as one compiled
+# program, and `mx.generation.generate` is a loop over that. All four must agree, token by
+# token.
+
+# %%
+_, block = mx.decode(package, begin(prompt, n_made, mild), jnp.int32(n_made))
+options = dict(max_tokens=n_made, sampling=mild, key=key)
+(whole,) = mx.generation.generate(package, [prompt], **options)
+ways = {
+    "the plain loop": naive_text(prompt, n_made, key),
+    "our loop": write_text(prompt, n_made, mild),
+    "decode": block.tokens[0, :n_made].tolist(),
+}
+
+# %%
+for name, made in ways.items():
+    agree = sum(a == b for a, b in zip(made, whole.tokens, strict=True))
+    nb.check(f"tokens of {n_made} as generate's, {name}", agree, eq=n_made)
+print("My lord, I", tokenizer.decode(whole.tokens))
+
+# %% [markdown]
+# **Predict.** Someone forgets `fold_in` and uses the same key at every step. What does the
+# text look like: like any other; one token for ever; or a few words again and again?
+
+# %%
+my_text = None  # "like any other", "one token for ever" or "a few words again and again"
+
+# %%
+same_key = naive_text(prompt, n_made, key, fold=lambda key, position: key)
+distinct = len(set(same_key)) / len(set(whole.tokens))
+bands = {1 / n_made: "one token for ever", 0.85: "a few words again and again"}
+why = {
+    "like any other": "the noise favours the same few tokens at every step.",
+    "one token for ever": "the logits still change from step to step.",
+}
+look = nb06.band(distinct, bands, "like any other")
+nb.guess("The text with one key for every step", my_text, look, why=why)
+
+# %%
+print("My lord, I", tokenizer.decode(same_key))
+nb.check("distinct tokens, one key over many", distinct, lt=1)
+
+# %% [markdown]
+# The noise is a bonus for each token. With one key every token gets the same bonus at
+# every step, so a few favoured tokens win again and again. The text looks as if the model
+# were bad, but only the key is.
+#
+# A loop of your own can do what no option does. Here is a text without the letter e, in two
+# lines: before each step, every token with an e gets the logit `-inf`. Modules cannot be
+# changed in place, so `eqx.tree_at` returns a copy with one part replaced:
+#
+# ```python
+# eqx.tree_at(lambda state: state.logits, state, new_logits)
+# ```
+
+# %%
+has_e = jnp.asarray(["e" in word(t).lower() for t in range(V)])  # [V]
+
+
+def without_e(state):
+    masked = jnp.where(has_e, -jnp.inf, state.logits)  # [1, V]
+    return eqx.tree_at(lambda state: state.logits, state, masked)
+
+
+# %%
+warm = mx.Sampling(temperature=0.7, top_p=0.9)
+lipogram = tokenizer.decode(write_text(tokenizer.encode("To sing of"), 60, warm, without_e))
+print("To sing of", lipogram)
+nb.check("letters e in it", lipogram.lower().count("e"), eq=0)
+nb.check("letters in it", len(lipogram), gt=60)
+
+# %%
+nb.say(
+    f"**Takeaway.** Four ways make the same {n_made} tokens, because a draw "
+    f"depends on the key and the position alone. {int(has_e.sum())} tokens were "
+    "forbidden in two lines."
+)
+
+# %% [markdown]
+# ## Beams
+#
+# Greedy decoding takes the best *token* at each step. That is not the best *text*: a
+# second-best token may open the way to something much more probable. **Beam search**
+# follows the best `n` texts at once. The score of a text is the **sum** of its tokens'
+# log-probabilities, which is the logarithm of the whole text's probability.
+
+# %%
+n_beams = nb.knob(3, of=(2, 3, 4))
+
+
+def after(prompt, texts):  # log-probabilities of what follows each: [len(texts), V]
+    cache, _ = mx.prefill(package, [prompt[:-1]], max_tokens=8)
+    rows = [prompt[-1:] + text for text in texts]
+    rows += rows[:1] * (64 - len(rows))  # always 64, so that one program serves
+    _, logits = mx.prefill(package, rows, cache=cache)
+    return np.asarray(jax.nn.log_softmax(logits))[: len(texts)]
+
+
+# %% [markdown]
+# `after` reads up to 64 texts of one length side by side. All of them begin with the
+# prompt, so it is read once, into a cache of one row that they all follow. On top of
+# that, a beam search is two lines: make every text longer by each of its best tokens, and
+# keep the best texts.
+
+
+# %%
+def naive_beams(prompt, n_beams, n_made):
+    beams, levels = [(0.0, [])], []
+    for _ in range(n_made):
+        rows = after(prompt, [text for _, text in beams])  # [n_beams, V]
+        longer = [
+            (float(score + rows[i, t]), [*text, int(t)])
+            for i, (score, text) in enumerate(beams)
+            for t in np.argsort(-rows[i])[:n_beams]
+        ]
+        beams = sorted(longer, reverse=True)[:n_beams]
+        levels.append(beams)
+    return levels
+
+
+# %%
+start = tokenizer.encode("The king is")
+levels = naive_beams(start, n_beams, 5)
+nb06.tree(levels, word)
+nb.caption(
+    "each row is a place in the beam, each column a step; the number is the summed "
+    "log-probability, and the best sum only falls. A text without a line to the right is "
+    "dropped. The bold path is the best text at the end; ↵ is a line break."
+)
+
+# %%
+totals = [[total for total, _ in level] for level in levels]
+falls = all(after[0] <= before[0] for before, after in zip(totals, totals[1:]))
+nb.check("the best sum never rises", falls, eq=True)
+survive = len({text[0] for _, text in levels[-1]})
+nb.check("first tokens that survive five steps", survive, eq=1)
+greedy = naive_beams(start, 1, 5)[-1][0]
+nb.check("log-probability won over greedy (nats)", totals[-1][0] - greedy[0], gt=0.2)
+
+# %% [markdown]
+# A beam is less varied than its width suggests: here all its texts share their first token
+# after five steps. The package searches on the device, with a cache for each beam, and
+# finds the same texts. Its `score` is the sum divided by the number of tokens
+# (`length_penalty=1.0`, the default). `mx.scoring.score` reads a finished text and says how
+# probable each token was; the sum must be the beam's.
+
+# %%
+options = dict(n_beams=n_beams, n_best=n_beams, max_tokens=5)
+(found,) = mx.beams.beam_search(package, [start], **options)
+same = sum(beam.tokens == text for beam, (_, text) in zip(found, levels[-1], strict=True))
+nb.check("beams that are the naive ones", same, eq=n_beams)
+gaps = [abs(5 * beam.score - total) for beam, total in zip(found, totals[-1])]
+nb.check("max|Δ| of the summed log-probabilities", max(gaps), lt=1e-3)
+again = sum(mx.scoring.score(package, start + found[0].tokens).logprobs[-5:])
+nb.check("|Δ| of the best beam, read again", abs(again - 5 * found[0].score), lt=1e-3)
+
+# %% [markdown]
+# Does a beam search find the most probable text? An exact search tells. Log-probabilities
+# are negative, so a sum only falls as a text grows. A beginning whose sum is below that of
+# the beam's finished text can therefore never win, and we drop it. We follow all other
+# beginnings, which are few enough. The best text at the end is the best of all `V⁵`, with
+# certainty. (Stahlberg and Byrne searched translations in this way.)
+
+
+# %%
+def best_of_all(prompt, n_made, at_least):
+    alive, lengths = [(0.0, [])], []  # beginnings that may win; those of each length
+    for _ in range(n_made):
+        longer = []
+        for part in (alive[i : i + 64] for i in range(0, len(alive), 64)):
+            rows = after(prompt, [text for _, text in part])
+            rows = rows + np.array([score for score, _ in part])[:, None]  # [64, V]
+            good = zip(*np.where(rows >= at_least))
+            longer += [(float(rows[i, t]), [*part[i][1], int(t)]) for i, t in good]
+        alive = sorted(longer, reverse=True)
+        lengths.append([text for _, text in alive])
+    return *alive[0], lengths
+
+
+# %% [markdown]
+# **Predict.** Four prompts, five tokens each. For how many of them do 16 beams find the
+# most probable continuation: none, two, or all four?
+
+# %%
+my_found = None  # 0, 2 or 4
+
+# %% [markdown]
+# The plain search and the package's have just given the same, so the plain one serves
+# here. The exact search starts from the sum that 16 beams have reached: it is the least
+# that is worth following.
+
+# %%
+openings = ["The king is", "To be, or not", "My lord, I", "I pray thee,"]
+ids = [tokenizer.encode(opening) for opening in openings]
+by_beams = {n: [naive_beams(x, n, 5)[-1][0] for x in ids] for n in (1, 16)}
+exact = [best_of_all(x, 5, by_16[0] - 1e-3) for x, by_16 in zip(ids, by_beams[16])]
+
+# %%
+show = lambda total, tokens: f"{nb06.shown(tokenizer.decode(tokens))} ({total:.2f})"
+rows, worst = [], []
+for i, opening in enumerate(openings):
+    total, tokens, lengths = exact[i]
+    shown = [show(*best[i]) for best in by_beams.values()]
+    worst.append(max(1 + all_.index(tokens[: n + 1]) for n, all_ in enumerate(lengths)))
+    rows.append([opening, *shown, show(total, tokens), worst[-1]])
+nb.table(["prompt", "greedy", "16 beams", "the best of all", "its worst place"], rows)
+
+# %%
+right = sum(row[1] == by_16[1] for row, by_16 in zip(exact, by_beams[16]))
+why = {
+    2: "in every row the best of all is another text than that of 16 beams.",
+    4: "16 of 2,048 is not many: the best text may begin badly.",
+}
+nb.guess("Prompts where 16 beams find the best text", my_found, right, why=why)
+
+# %% [markdown]
+# The last column tells why. It follows the winner from its first token on, and gives the
+# worst place that its beginning ever had among all beginnings of the same length. 16
+# beams drop a beginning at place 17 or worse, and never take it up again. Here most
+# winners spell one word in several tokens, and the word's first tokens are improbable.
+
+# %%
+nb.check("prompts of four where 16 beams find the best text", right, lt=2)
+wins = [row[0] - by_16[0] for row, by_16 in zip(exact, by_beams[16])]
+nb.check("least that the exact search wins (nats)", min(wins), gt=-1e-3)
+
+# %%
+lost = sum(place > 16 for place in worst)
+nb.check(
+    "winners that were out of 16 places at some step, and those not found",
+    lost,
+    eq=4 - right,
+)
+n_read = sum(1 + sum(map(len, lengths[:-1])) for *_, lengths in exact)
+nb.say(
+    f"**Takeaway.** 16 beams find the most probable five tokens for {right} of four "
+    f"prompts, because the winner stood at place {min(worst)} or worse on its way. The "
+    f"exact search read {n_read:,} beginnings, for {float(V) ** 5:.0e} possible texts each."
+)
+
+# %% [markdown]
+# ## Why beams repeat
+#
+# Longer searches show another fault. We let four beams write 48 tokens: after
+# "I pray thee,", and after eight passages of unseen Shakespeare of 32 tokens each,
+# which the last section will need. One call searches for all nine.
+
+# %%
+opening = "I pray thee,"
+unseen = nb.held_out(4000)
+prompts = [unseen[i : i + 32] for i in range(0, 2400, 300)]
+found = mx.beams.beam_search(
+    package, [tokenizer.encode(opening), *prompts], n_beams=4, max_tokens=48
+)
+stuck = found[0][0].tokens
+print(opening, tokenizer.decode(stuck))
+
+
+# %%
+def period(tokens):  # the length of the loop in which a text ends; 0 if in none
+    loops = (n for n in range(1, 32) if tokens[-3 * n :] == tokens[-n:] * 3)
+    return next(loops, 0)
+
+
+nb.check(f"tokens of the loop after “{opening}”", period(stuck), gt=0)
+
+# %% [markdown]
+# **Predict.** The search kept this loop against its rivals at every step.
+# The text is now "I pray thee," nine times. How probable does the *model* find one more
+# round: 90 %, 50 %, or less than 10 %?
+
+# %%
+my_round = None  # "90 %", "50 %" or "less than 10 %"
+
+# %%
+loop = stuck[-period(stuck) :]
+looping = tokenizer.encode(opening) + loop * 8
+one_more = float(np.exp(-nb06.costs(package, [looping + loop])[0, -len(loop) :].sum()))
+
+# %%
+why = {
+    "90 %": "to be the best of all continuations, a text need not be probable.",
+    "50 %": "the rest is shared by thousands of other continuations.",
+}
+size = nb06.band(one_more, {0.1: "less than 10 %", 0.7: "50 %"}, "90 %")
+nb.guess("The probability of one more round", my_round, size, why=why)
+
+# %% [markdown]
+# (`nb06.costs` reads what each token **costs**: the negative logarithm of its probability,
+# in nats.) The model can say so itself: we draw 128 continuations, 64 at a time, with
+# `after` and `categorical`, which draws one token for each row of logits.
+
+# %%
+drawn = []
+for batch in range(2):
+    texts = [[]] * 64
+    for step_key in jax.random.split(jax.random.fold_in(key, batch), len(loop)):
+        tokens = jax.random.categorical(step_key, after(looping, texts))  # [64]
+        texts = [[*text, int(token)] for text, token in zip(texts, tokens)]
+    drawn += texts
+print(*[tokenizer.decode(text).replace("\n", "↵") for text in drawn[:9]], sep=" | ")
+
+# %%
+stay = float(np.mean([text == loop for text in drawn]))
+nb.check("probability of one more round", one_more, lt=0.2)
+nb.check("share of 128 draws that go one more round", stay, lt=0.2)
+nb.check("|Δ| of the two", abs(stay - one_more), lt=0.05)
+
+# %% [markdown]
+# So a draw nearly always leaves the loop at once, but the beam search stays in it. Is the
+# search at fault? We ask the exact search of the last section for the best of all `V⁴`
+# continuations.
+
+# %%
+_, rival, _ = best_of_all(looping, len(loop), np.log(one_more) - 1e-3)
+nb.check("the best of all V⁴ continuations is the loop", rival == loop, eq=True)
+nb.say(
+    f"One more round has probability {one_more:.1%}, and no other text of {len(loop)} "
+    "tokens has as much."
+)
+
+# %% [markdown]
+# The search is right, and yet the most probable text is improbable: nearly all of the
+# probability is spread over a great many other texts. A search for the maximum ignores
+# them, because each of them alone has less.
+#
+# But why does the maximum lie in a *loop*? There are two explanations. The model may have
+# learnt to **copy**: a phrase that came twice becomes more probable. Or it **forgets**:
+# once the window holds nothing but the loop, the model sees the same input after each
+# round, and so it makes the same choice again. We can separate the two. Put 100 tokens of
+# unseen Shakespeare before the loop, at 8 places, and read what each round costs. Then do
+# the same with a *shorter window*. A model with a shorter window sees fewer copies, and
+# it forgets sooner. If copying makes a round cheap, the short window should need more
+# rounds; if forgetting does, fewer. (Through its six layers even a window of 4 reaches 19
+# tokens back, as notebook 03 shows; a window of 64 reaches 379.)
+
+
+# %%
+def cost_of_rounds(model, before, loop, n_rounds=20):  # nats a token: [n_rounds]
+    found = nb06.costs(model, [list(text) + loop * n_rounds for text in before])
+    return (
+        found[:, len(before[0]) - 1 :]
+        .reshape(len(before), n_rounds, len(loop))
+        .mean((0, 2))
+    )
+
+
+before = [unseen[i : i + 100] for i in range(0, 1600, 200)]
+
+# %%
+windows = [4, 64]
+models = {w: nb06.with_window(package, w) for w in windows}
+by_window = {w: cost_of_rounds(models[w], before, loop) for w in windows}
+nb06.rounds({f"window {w}": cost for w, cost in by_window.items()}, len(loop))
+nb.caption(
+    "with both windows the loop costs much at first and becomes cheap, sooner with the "
+    "short window. Both end at about the same cost, although the short window holds a "
+    "single round."
+)
+
+# %% [markdown]
+# The table says how many tokens of the loop it takes until 90 % of the fall is done.
+
+# %%
+floor = {w: float(cost[-3:].mean()) for w, cost in by_window.items()}
+left = {w: (cost - floor[w]) / (cost[0] - floor[w]) for w, cost in by_window.items()}
+until = {w: len(loop) * int(np.argmax(share < 0.1)) for w, share in left.items()}
+nb.table(
+    ["window", "first round", "last rounds", "tokens until 90 % of the fall is done"],
+    [[w, by_window[w][0], floor[w], until[w]] for w in windows],
+)
+
+# %%
+rising = [*until.values()] == sorted(until.values())
+nb.check("tokens of a round, and the shortest window", len(loop), eq=windows[0])
+nb.check("tokens until cheap never fall with the window", rising, eq=True)
+nb.check("tokens until cheap, window 64 over window 4", until[64] / until[4], gt=3)
+spread = max(floor.values()) - min(floor.values())
+nb.check("spread of the last rounds' costs (nats)", spread, lt=0.4)
+least = min(cost[0] - floor[w] for w, cost in by_window.items())
+nb.check("least fall from the first round to the last (nats)", least, gt=1.5)
+
+# %% [markdown]
+# So forgetting makes the loop cheap: the short window, which sees fewer copies, needs
+# fewer tokens. Here are both causes apart, in the unchanged model: few copies and many,
+# with and without Shakespeare before them.
+
+# %%
+alone = len(loop) * cost_of_rounds(package, [tokenizer.encode("")], loop)
+behind = len(loop) * by_window[64]
+header = ["cost of the next round (nats)", "3 copies before", "19 copies before"]
+rows = [["nothing else before", alone[3], alone[19]]]
+nb.table(header, [*rows, ["100 tokens of Shakespeare before", behind[3], behind[19]]])
+forgetting, copying = behind[3] - alone[3], alone[3] - alone[19]
+nb.check("nats by forgetting, over nats by 16 more copies", forgetting / copying, gt=2)
+
+# %% [markdown]
+# A control: repeat phrases that Shakespeare wrote, instead of one that the search chose.
+# Is the eighth copy of a phrase cheaper than the same phrase after seven others?
+
+# %%
+phrases = [unseen[i : i + 12] for i in range(100, 3300, 100)]
+repeated = [[1, *phrase * 8] for phrase in phrases[7:]]
+mixed = [[1, *sum(phrases[i - 7 : i + 1], [])] for i in range(7, len(phrases))]
+last = lambda rows: float(nb06.costs(package, rows)[:, -12:].mean())
+copied, fresh = last(repeated), last(mixed)
+
+# %%
+fall = by_window[64][0] - floor[64]
+nb.say(
+    f"The eighth copy costs {copied:.2f} nats a token, the same phrase after seven others "
+    f"{fresh:.2f}. The loop fell from {by_window[64][0]:.2f} to {floor[64]:.2f}."
+)
+nb.check("fall of the loop, over the gain by copying", fall / (fresh - copied), gt=2)
+
+# %% [markdown]
+# So copying helps only a little in this model. (In large models it helps much: Xu et al.
+# measure how each repetition makes the next more probable.) Forgetting alone is enough.
+# The extreme case shows it, a model that sees only the last token: it is a table `[V, V]`
+# of how probable each token is after each other. We make it by giving the model texts of
+# one token. The most probable text of a table can be found exactly, by a recursion over
+# the last token (the Viterbi algorithm).
+
+# %%
+after_one = jax.vmap(lambda token: package(token[None])[0][0])  # its logits: [V]
+table = np.asarray(jax.nn.log_softmax(jax.jit(after_one)(jnp.arange(V)))).T  # [to, from]
+is_word = np.array([any(c.isalpha() for c in word(t)) for t in range(V)])  # [V]
+table = np.where(is_word[:, None], table, np.float32(-np.inf))  # no blanks
+
+
+# %%
+def most_probable(start, n_made):
+    best, back = np.where(np.arange(V) == start, 0, -np.inf).astype(np.float32), []
+    for _ in range(n_made):
+        sums = best + table  # of the best texts that end so: [to, from]
+        back.append(sums.argmax(axis=1))
+        best = sums.max(axis=1)
+    path = [int(best.argmax())]
+    for step in back[:0:-1]:
+        path.append(int(step[path[-1]]))
+    return path[::-1]
+
+
+# %%
+paths = [most_probable(tokenizer.encode(start)[-1], 32) for start in (" king", " thou")]
+for start, path in zip(("king", "thou"), paths):
+    print(start, tokenizer.decode(path))
+loops = sum(period(path) > 0 for path in paths)
+nb.check("best texts of a table, of 2, that end in a loop", loops, eq=2)
+
+# %% [markdown]
+# The table cannot see that it repeats itself, and it soon loops. It has to: a long path
+# through finitely many tokens must come back to one of them, and the best path goes round
+# the cycle whose steps have the best mean (Karp).
+
+# %%
+nb.say(
+    "**Takeaway.** Beams repeat because the search wants the maximum and the model "
+    f"forgets. A loop goes on with probability {one_more:.0%} a round, and no rival has as "
+    f"much. It is cheap after {until[4]} tokens with a window of 4, after {until[64]} "
+    "with 64."
+)
+
+# %% [markdown]
+# ## Quality against variety
+#
+# A sampler is a compromise. We continue the eight unseen passages by 48 tokens each, and
+# measure two things: how probable the model finds the text, and what share of its pairs
+# of neighbouring tokens are distinct. `row.logprobs` has the model's own
+# log-probabilities, whatever the temperature was. Shakespeare's own continuation is
+# measured in the same way.
+
+# %%
+truth = [unseen[i + 32 : i + 80] for i in range(0, 2400, 300)]
+whole = [prompt + text for prompt, text in zip(prompts, truth)]
+texts = {"Shakespeare": (truth, -nb06.costs(package, whole)[:, -48:])}  # [8, 48] nats
+of_rows = lambda rows: ([x.tokens for x in rows], np.array([x.logprobs for x in rows]))
+texts["4 beams"] = of_rows([row[0] for row in found[1:]])
+
+
+def point(name):  # mean log-probability of a token; share of distinct pairs
+    rows, logprobs = texts[name]
+    pairs = [list(zip(row, row[1:])) for row in rows]
+    return float(logprobs.mean()), np.mean([len(set(p)) / len(p) for p in pairs])
+
+
+# %% [markdown]
+# Greedy decoding, and four temperatures without a filter:
+
+# %%
+heats = {"greedy": 0.0, "T = 0.5": 0.5, "T = 0.8": 0.8, "T = 1.0": 1.0, "T = 1.2": 1.2}
+for name, t in heats.items():
+    options = dict(max_tokens=48, key=key, sampling=mx.Sampling(temperature=t))
+    texts[name] = of_rows(mx.generation.generate(package, prompts, **options))
+
+# %%
+points = {name: point(name) for name in heats}
+others = {name: point(name) for name in ("4 beams", "Shakespeare")}
+nb06.curve(points, others)
+nb.caption(
+    "the hotter the samples, the less probable; the hottest are more varied than the "
+    "greedy texts. Beams lie beyond the greedy end. "
+    "Shakespeare is not on the curve: the model finds his text less probable than its own "
+    "at temperature 1, and his text repeats itself more."
+)
+
+# %%
+log_p, variety = (list(values) for values in zip(*points.values()))
+bard, warmest = others["Shakespeare"], points["T = 1.0"]
+nb.check("log-probability falls with temperature", log_p == sorted(log_p)[::-1], eq=True)
+nb.check("distinct pairs, hottest over greedy", variety[-1] / variety[0], gt=1.03)
+nb.check("4 beams over greedy (nats)", others["4 beams"][0] - log_p[0], gt=0.05)
+nb.check("T = 1 over Shakespeare (nats)", warmest[0] - bard[0], gt=0.05)
+nb.check("distinct pairs, T = 1 less Shakespeare", warmest[1] - bard[1], gt=0.005)
+
+# %% [markdown]
+# Here are three of these texts, after the same beginning.
+
+# %%
+shades = {
+    n: (texts[n][0][3], -texts[n][1][3]) for n in ("Shakespeare", "T = 1.0", "4 beams")
+}
+print("…", tokenizer.decode(prompts[3])[-60:])
+nb06.verse(shades, word)
+nb.caption(
+    "light tokens surprised the model. In Shakespeare's text more than one token in ten "
+    "costs over 5 nats. In the beams' text hardly any does."
+)
+
+# %%
+loud = {name: float((values > 5).mean()) for name, (_, values) in shades.items()}
+nb.check("share of tokens above 5 nats, Shakespeare", loud["Shakespeare"], gt=0.1)
+nb.check("share of tokens above 5 nats, 4 beams", loud["4 beams"], lt=0.01)
+
+# %%
+nb.say(
+    f"**Takeaway.** Shakespeare gets {bard[0]:.2f} nats a token, samples at temperature 1 "
+    f"get {warmest[0]:.2f}, beams {others['4 beams'][0]:.2f}: good text is not the most "
+    "probable text."
+)
+
+# %% [markdown]
+# ## Two ports and torch
+#
+# The reference's `generate` takes the `argmax` and has no sampler, so two comparisons are
+# made. Greedy: each program's own loop. Sampled: each program's own logits, the same
+# filter, and the same Gumbel noise from NumPy, added by hand as above. Torch filters with
+# its own `sort` and `cumsum`.
+
+# %%
+prompt, n_made, heat, top_p = tokenizer.encode("My lord, I"), 24, 0.8, 0.9
+noise = np.random.default_rng(0).gumbel(size=(n_made, V)).astype(np.float32)
+one_file = one_file_ref.Transformer.from_folder(nb.MODEL, dtype=jnp.float32)
+sampling = mx.Sampling(temperature=heat, top_p=top_p)
+
+
+# %%
+def sample(forward, cache):  # forward: tokens, position, cache to logits, cache
+    text, made = prompt, []
+    for g in noise:
+        row, cache = forward(text, len(prompt) + len(made) - len(text), cache)
+        made.append(int(jnp.argmax(sampling.scores(row) + g)))
+        text = made[-1:]
+    return made
+
+
+# %%
+def by_one_file(text, start, cache):
+    positions = jnp.arange(start, start + len(text))
+    rows, cache = one_file(jnp.asarray([text]), positions, cache)
+    return rows[0, -1], cache
+
+
+def by_package(text, start, cache):
+    cache, rows = mx.prefill(package, [text], cache=cache, max_tokens=n_made)
+    return rows[0], cache
+
+
+# %% [markdown]
+# Torch's loop is its own, from the logits to the draw:
+
+
+# %%
+def by_torch(twin):
+    import torch
+
+    import torch_mistral
+
+    cache, text, start, made = twin.empty_cache(1), prompt, 0, []
+    for g in torch.from_numpy(noise):
+        row = twin(torch.tensor([text]), start, cache)[0, -1] / heat
+        p, order = row.softmax(-1).sort(descending=True)
+        row[order[p.cumsum(-1) - p >= top_p]] = -torch.inf
+        start += len(text)
+        made.append(int((row + g).argmax()))
+        text = made[-1:]
+    return torch.tensor([torch_mistral.greedy(twin, [prompt], n_made)[0], made])
+
+
+# %%
+torch_greedy, torch_sampled = oracle("tokens", by_torch).astype(int).tolist()
+(greedy,) = mx.generation.generate(package, [prompt], max_tokens=n_made, key=key)
+speller = one_file_ref.Tokenizer(str(nb.MODEL / "tokenizer.model"))
+(text,), _ = one_file_ref.generate(["My lord, I"], one_file, speller, n_made)
+programs = {
+    "package": (greedy.tokens, sample(by_package, None)),
+    "one file": (
+        speller.encode(text)[len(prompt) :],
+        sample(by_one_file, one_file.empty_cache(1, 64)),
+    ),
+    "torch": (torch_greedy, torch_sampled),
+}
+
+# %%
+ours = [tokenizer.decode(made) for made in programs["package"]]
+rows = []
+for name, both in programs.items():
+    same = [tokenizer.decode(made) == text for made, text in zip(both, ours)]
+    rows.append([name, *("the same" if x else "another" for x in same)])
+    if name != "package":
+        nb.check(f"greedy and sampled text, {name} = package", same, eq=[True, True])
+nb.table(["program", "greedy text", "sampled text"], rows)
+print(*[f"My lord, I {text}" for text in ours], sep="\n---\n")
+
+# %% [markdown]
+# The difference in code: torch sorts the vocabulary and cuts the sorted list, the package
+# compares each token with a threshold and never sorts, the reference draws nothing.
+#
+# **Takeaway.** With the same noise, three programs draw the same text: all chance is in
+# the key.
+#
+# ## Exercises
+#
+# **Exercise 1: no n-gram twice** (●● 10 minutes). The blunt cure for loops forbids every
+# token that would complete an n-gram which the text already has. Give the set of these
+# ids. (Then use it as `change` in our loop: does the text become better?)
+#
+# <details><summary>Hint</summary>
+#
+# The last `n - 1` tokens are the beginning of the n-gram. Where else do they stand, and
+# what follows them there?
+#
+# </details>
+#
+# {{solution:banned}}
+
+
+# %%
+def banned(tokens, n):  # tokens: list of ids
+    return NotImplemented
+
+
+ex06.check_banned(banned)
+
+# %% [markdown]
+# **Exercise 2: two faults** (●● 5 minutes). This shall give `n` independent draws from
+# logits `[V]`. It has two faults, and neither raises an error. Repair it.
+#
+# ```python
+# def draws(logits, n, key):
+#     p = jax.nn.softmax(logits)
+#     return jnp.stack([jax.random.categorical(key, p) for _ in range(n)])
+# ```
+#
+# <details><summary>Hint</summary>
+#
+# What does `categorical` take? And how many keys do `n` draws need?
+#
+# </details>
+#
+# {{solution:draws}}
+
+
+# %%
+def draws(logits, n, key):
+    return NotImplemented
+
+
+ex06.check_draws(draws)
+
+# %% [markdown]
+# **Exercise 3: how far below the best?** (●● 5 minutes). The temperature is 1.5 and min-p
+# is 0.05. By how many nats may a token's *logit*, as the model gives it, be below the
+# best one's, so that the token is just kept? A number, to two digits.
+#
+# <details><summary>Hint</summary>
+#
+# The quotient of two probabilities is `exp` of the difference of their divided logits.
+#
+# </details>
+#
+# {{solution:gap}}
+
+# %%
+gap = NotImplemented
+ex06.check_gap(gap)
+
+# %% [markdown]
+# ## Recap
+
+# %%
+seen = lambda rule: f"{kept[famous][rule]} or {kept[free][rule]} tokens"
+rows = [
+    ["temperature", "divides the logits", f"top-p keeps {growth:.0f} times more at 4"],
+    ["top-k", "keeps a number of tokens", seen("top-k 50")],
+    ["top-p", "keeps a share of the probability", seen("top-p 0.9")],
+    ["min-p", "keeps what has a share of the best one's", seen("min-p 0.1")],
+    ["beams", "search for the largest sum", f"{others['4 beams'][0]:.2f} nats a token"],
+]
+nb.table(["rule", "what it does", "what we found"], rows)
+
+# %%
+nb.recap()
+
+# %%
+nb.say(
+    "**The answer.** Temperature stretches the distribution, three filters cut its tail by "
+    "number, by sum or by height, and one draw takes a token from the rest. Beams draw "
+    "nothing and look for the highest peak. They repeat because that peak is a loop, which "
+    f"the model itself would leave with probability {1 - one_more:.0%} at every round."
+)
+
+# %% [markdown]
+# **What we did not show**: typical and contrastive sampling, speculative decoding, beams
+# that are kept apart on purpose; and whether people *like* a text, for which no number
+# here stands.
+#
+# **Further reading**: Holtzman et al., arXiv 1904.09751 (top-p, and why the most probable
+# text is dull); Nguyen et al., arXiv 2407.01082 (min-p); Keskar et al., arXiv 1909.05858,
+# the section on sampling (repetition penalty); Stahlberg and Byrne, arXiv 1908.10090
+# (exact search); Xu et al., arXiv 2206.02369 (repetition feeds itself); Karp, "A
+# characterization of the minimum cycle mean in a digraph", Discrete Mathematics 23, 1978.
+#
+# **Next**: [07 Many devices](07_many_devices.ipynb).
