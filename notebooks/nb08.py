@@ -18,7 +18,7 @@ import nbtools as nb
 from mistral_eqx.kernels.experts import block_sizes, dispatch
 
 
-plt.rcParams.update({"figure.dpi": 90, "font.size": 12})
+plt.rcParams.update({"figure.dpi": 84, "font.size": 12})
 GREY, AGAIN, NONSENSE = "#c9c9c9", -2, -1
 
 
@@ -169,7 +169,7 @@ def plot_parameters(rows: dict[str, tuple[dict, dict]]) -> None:
     axis.invert_yaxis()
     axis.set(xlabel="parameters (billions)")
     axis.set_xlim(0, 53)
-    axis.legend(fontsize=11, loc="lower right")
+    axis.legend(fontsize=11, loc="upper right")
     axis.grid(axis="y", visible=False)
 
 

@@ -146,8 +146,8 @@ nb.check("everything but experts, beyond Mistral 7B", rest, eq=routers)
 #
 # When a model writes, each step makes one token for each text. The arithmetic of one token
 # is small, so most of such a step can be *reading the weights* from memory, and what a step
-# must read is worth counting. One text reads two experts a
-# layer. Eight texts choose two each.
+# must read is worth counting. One text reads two experts a layer. Eight texts choose two
+# each.
 #
 # **Predict.** Eight texts are decoded together, and routers choose at random. How many of
 # the experts are read in a step: 25, 60, 90 or 100 %?
@@ -381,6 +381,8 @@ nb.caption(
 # %%
 nb.check("rows for each needed, blocks, up to 32 tokens", padded[:6].max(), eq=1.0)
 nb.check("tokens where padding is worst", int(lengths[padded.argmax()]), eq=64)
+sizes = [mx.kernels.experts.block_sizes(2 * n, 8)[0] for n in (32, 64)]
+nb.check("slots of a block, for 32 and for 64 tokens", sizes, eq=[1, 16])
 nb.check("rows for each needed, blocks, from 128 tokens", padded[7:].max(), lt=1.33)
 nb.check("rows for each needed, blocks, from 512 tokens", padded[9:].max(), lt=1.25)
 quarter = dropped["capacity 1.25"]
@@ -456,7 +458,7 @@ gaps = {name: float(np.abs(sparse[::8] - dense).max()) for name, dense in found.
 
 # %%
 block = layers[3]
-noise = lambda i, leaf: leaf + 0.05 * jax.random.normal(jax.random.key(i), leaf.shape)
+noise = lambda i, w: w + jnp.float32(np.random.default_rng(i).normal(0, 0.05, w.shape))
 w1, w2, w3 = (
     noise(i, getattr(block.feed_forward.experts, f"w{i}").weight) for i in (1, 2, 3)
 )
@@ -629,10 +631,9 @@ nb.guess(
 nb08.plot_load(loads, share)
 nb.caption(
     "1.0 is an expert's fair share of 1,024 tokens that no model has seen. With the "
-    "package's "
-    "loss the last line is more even than without a loss, and the layers are not: "
-    "they have "
-    "different favourites. With each layer's own loss the layers are more even by far."
+    "package's loss the last line is more even than without a loss, and the layers are "
+    "about as uneven as before: they have different favourites. With each layer's own loss "
+    "the layers are more even by far."
 )
 
 # %% [markdown]
@@ -665,10 +666,11 @@ nb.check("loss after training", max(row[3] for row in table), lt=7)
 # each layer alone is 8.
 
 # %%
-lopsided = 50 * jnp.broadcast_to(jnp.eye(8)[:, None], (8, 100, 8))  # [L, T, E]
-alone = jax.vmap(lambda layer: load_balancing_loss(layer, 1))(lopsided)
-nb.check("loss, all layers together", load_balancing_loss(lopsided, 1), near=1.0)
-nb.check("loss, each layer alone", alone.mean(), near=8.0)
+lopsided = 50 * np.broadcast_to(np.eye(8)[:, None], (8, 100, 8))  # [L, T, E]
+balance = jax.jit(lambda logits: load_balancing_loss(logits, 1))
+alone = np.mean([balance(layer) for layer in lopsided])
+nb.check("loss, all layers together", balance(lopsided), near=1.0)
+nb.check("loss, each layer alone", alone, near=8.0)
 
 # %% [markdown]
 # **Takeaway.** A mean over layers hides what each layer does. Yet if experts work side by
