@@ -18,7 +18,7 @@ import nbtools as nb
 from mistral_eqx.kernels.experts import block_sizes, dispatch
 
 
-plt.rcParams["figure.dpi"] = 90
+plt.rcParams.update({"figure.dpi": 84, "font.size": 12})
 GREY, AGAIN, NONSENSE = "#c9c9c9", -2, -1
 
 
@@ -40,6 +40,17 @@ def parts_of(config, k: int | None = None) -> dict[str, int]:
     if k is not None:
         experts = experts * k // config.moe.num_experts
     return {"attention, norms, router": rest, "vocabulary": vocabulary, "experts": experts}
+
+
+def random_model(config) -> mx.Transformer:
+    """A model with random weights, spread as those of `mx.Transformer(config, key=key)`.
+    They are NumPy's, which need no compiling and are the same on every machine."""
+    generator = np.random.default_rng(0)
+    normal = lambda x: generator.normal(0, x.shape[-1] ** -0.5, x.shape)
+    fill = lambda x: jnp.asarray(np.ones(x.shape) if x.ndim == 1 else normal(x), x.dtype)
+    return jax.tree.map(
+        fill, eqx.filter_eval_shape(mx.Transformer, config, key=jax.random.key(0))
+    )
 
 
 def fair_choices(n_tokens: int, n_experts: int, top_k: int = 2) -> np.ndarray:
@@ -149,16 +160,16 @@ def plot_parameters(rows: dict[str, tuple[dict, dict]]) -> None:
                 label = name if place == 0 else None
                 axis.barh(place, n / 1e9, left=left, color=colours[name], label=label)
                 left += n / 1e9
-            axis.text(left + 0.5, place, f"{left:.1f}", va="center", fontsize=10)
+            axis.text(left + 0.5, place, f"{left:.1f}", va="center", fontsize=12)
             labels.append(f"{model}\n{kind}")
             place += 1
         place += 0.4
     ticks = [i + 0.4 * (i // 2) for i in range(len(labels))]
-    axis.set_yticks(ticks, labels, fontsize=9)
+    axis.set_yticks(ticks, labels, fontsize=11)
     axis.invert_yaxis()
     axis.set(xlabel="parameters (billions)")
     axis.set_xlim(0, 53)
-    axis.legend(fontsize=9, loc="lower right")
+    axis.legend(fontsize=11, loc="upper right")
     axis.grid(axis="y", visible=False)
 
 
@@ -171,7 +182,7 @@ def plot_reads(batches, curves: dict[str, np.ndarray]) -> None:
         xlabel="texts decoded together (one token each)", ylabel="weights read (billions)"
     )
     axis.set_ylim(0, 50)
-    axis.legend(fontsize=9, loc="center right")
+    axis.legend(fontsize=11, loc="center right")
 
 
 def plot_blocks(blocks, n_blocks: int, n_experts: int) -> None:
@@ -189,7 +200,7 @@ def plot_blocks(blocks, n_blocks: int, n_experts: int) -> None:
             )
             if token >= 0:
                 light = "white" if expert < 0.6 * n_experts else "black"
-                size = 8 if block <= 16 else 6
+                size = 10 if block <= 16 else 6
                 axis.text(
                     *(slot + 0.5, row + 0.52, token),
                     ha="center", va="center", fontsize=size, color=light,
@@ -197,7 +208,7 @@ def plot_blocks(blocks, n_blocks: int, n_experts: int) -> None:
     labels = [
         f"expert {blocks[i][0]}" if i < len(blocks) else "skipped" for i in range(n_blocks)
     ]
-    axis.set_yticks(np.arange(n_blocks) + 0.5, labels, fontsize=9)
+    axis.set_yticks(np.arange(n_blocks) + 0.5, labels, fontsize=11)
     axis.set(
         xlim=(0, block), ylim=(n_blocks, 0), xlabel="slot of the block, with its token"
     )
@@ -216,8 +227,8 @@ def plot_rows(lengths, computed: dict[str, np.ndarray], dropped: dict[str, np.nd
     axes[1].set(xlabel="tokens", ylabel="pairs dropped (%)", ylim=(-1, None))
     axes[1].set_xscale("log", base=2)
     axes[1].set_xticks(lengths[::2], [f"{n:,}" for n in lengths[::2]])
-    axes[0].legend(fontsize=9, loc="center right")
-    axes[1].legend(fontsize=9, loc="upper right")
+    axes[0].legend(fontsize=11, loc="center right")
+    axes[1].legend(fontsize=11, loc="upper right")
 
 
 def plot_load(loads: dict[str, np.ndarray], fair: float) -> None:
@@ -230,12 +241,12 @@ def plot_load(loads: dict[str, np.ndarray], fair: float) -> None:
             colour = "black" if shown[place] > 2.2 else "white"
             axis.text(
                 *(place[1], place[0], f"{shown[place]:.1f}"),
-                ha="center", va="center", fontsize=9, color=colour,
+                ha="center", va="center", fontsize=11, color=colour,
             )  # fmt: skip
         axis.axhline(len(load) - 0.5, color="white", linewidth=3, linestyle="-", marker="")
         labels = [f"layer {i + 1}" for i in range(len(load))]
-        axis.set_yticks(range(len(load) + 1), [*labels, "all layers"], fontsize=9)
-        axis.set_title(name, fontsize=10)
+        axis.set_yticks(range(len(load) + 1), [*labels, "all layers"], fontsize=11)
+        axis.set_title(name, fontsize=12)
         axis.grid(False)
     axes[-1].set(xlabel="expert")
     figure.colorbar(image, ax=axes, label="tokens, as a multiple of the fair share")
@@ -248,11 +259,11 @@ def plot_map(words, shares: dict[str, np.ndarray]) -> None:
         image = axis.imshow(share.T, vmin=0, vmax=1, aspect="auto", cmap="Greys")
         axis.set(ylabel=f"{name}\nexpert")
         axis.set_yticks(range(0, share.shape[1]))
-        axis.tick_params(axis="y", labelsize=8)
+        axis.tick_params(axis="y", labelsize=9)
         axis.grid(False)
         axis.set_xticks(np.arange(-0.5, len(words)), minor=True)
         axis.grid(which="minor", color="0.85", linewidth=0.5)
-    axes[-1].set_xticks(range(len(words)), words, rotation=90, fontsize=9)
+    axes[-1].set_xticks(range(len(words)), words, rotation=90, fontsize=11)
     figure.colorbar(image, ax=axes, label="share of the output")
 
 
@@ -302,8 +313,8 @@ def plot_schedule(grid: np.ndarray) -> None:
         plt.Rectangle((0, 0), 1, 1, fc="white", ec="0.55", hatch=hatch)
         for hatch in ("....", "////")
     ]
-    labels = ["made from no microbatch", "made once more, thrown away"]
-    place = dict(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=9)
+    labels = ["made from zeros", "made once more"]
+    place = dict(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=11)
     axis.legend(handles, labels, **place)
 
 
@@ -315,7 +326,7 @@ def plot_microbatches(counts, wasted, formula, reads) -> None:
         color="#b5367a", label="counted in the package", linestyle="",
     )  # fmt: skip
     axes[0].set(ylabel="stage runs wasted (%)", ylim=(0, None))
-    axes[0].legend(fontsize=9)
+    axes[0].legend(fontsize=11)
     axes[1].plot(counts, reads)
     axes[1].set(
         xlabel="microbatches m",
@@ -353,13 +364,12 @@ def _frame(grid: np.ndarray, turn: int) -> Image.Image:
     queue = lambda x, step, numbers: [(x + step * i, m) for i, m in enumerate(numbers)]
     for stage in range(n_stages):
         above.add_patch(plt.Rectangle((stage, 0), 0.86, 1, fc="white", ec="0.3", lw=1.5))
-        above.text(stage + 0.43, 1.12, f"stage {stage}", ha="center", fontsize=10)
+        above.text(stage + 0.43, 1.12, f"stage {stage}", ha="center", fontsize=12)
         value = grid[stage, turn]
         if value < 0:
-            word = "nonsense" if value == NONSENSE else "the same\nagain"
-            above.text(
-                stage + 0.43, 0.5, word, ha="center", va="center", color="0.5", fontsize=9
-            )
+            word = "zeros" if value == NONSENSE else f"{n_micro - 1}\nagain"
+            place = dict(ha="center", va="center", color="0.25", fontsize=10)
+            above.text(stage + 0.43, 0.5, word, **place)
         if stage + 1 < n_stages:
             above.annotate(
                 "", (stage + 1, 0.5), (stage + 0.86, 0.5), arrowprops={"arrowstyle": "->"}

@@ -1,6 +1,6 @@
 # ---
 # jupyter:
-#   budget: 120
+#   budget: 100
 #   cover: 5
 # ---
 
@@ -56,7 +56,8 @@ nb.check("devices (if there is one, restart the kernel)", jax.device_count(), eq
 
 # %% [markdown]
 # Two models serve all sections. Of `mixtral` we only have the shape. `fresh` is small and
-# has random weights. Like Mixtral it has eight experts, of which a token takes two.
+# has random weights, which NumPy draws with the package's spread (`nb08.random_model`).
+# Like Mixtral it has eight experts, of which a token takes two.
 
 # %%
 mixtral = mx.RELEASED["mixtral-8x7b"]
@@ -72,7 +73,7 @@ tiny = mx.ModelConfig(
     rope_theta=1e4,
     moe=mx.config.MoEConfig(num_experts=8, num_experts_per_tok=2),
 )
-fresh = mx.Transformer(tiny, key=key)
+fresh = nb08.random_model(tiny)
 
 # %% [markdown]
 # ## Where 47 billion sit
@@ -145,11 +146,11 @@ nb.check("everything but experts, beyond Mistral 7B", rest, eq=routers)
 #
 # When a model writes, each step makes one token for each text. The arithmetic of one token
 # is small, so most of such a step can be *reading the weights* from memory, and what a step
-# must read is worth counting. One text reads two experts a
-# layer. Eight texts choose two each.
+# must read is worth counting. One text reads two experts a layer. Eight texts choose two
+# each.
 #
-# **Predict.** Eight texts are decoded together, and routers choose at random. Which part of
-# the experts is read in a step: 25, 60, 90 or 100 %?
+# **Predict.** Eight texts are decoded together, and routers choose at random. How many of
+# the experts are read in a step: 25, 60, 90 or 100 %?
 
 # %%
 my_percent = None  # 25, 60, 90 or 100
@@ -199,10 +200,11 @@ nb.check("billions read, batch of 1", reads[0], near=12.9)
 nb.check("share of the experts read, batch of 8", part, near=0.9)
 nb.check("billions read, batch of 16 over 128", reads[4] / reads[7], near=1.0)
 gap = np.abs(distinct - uniform).max()
-nb.check("max|Δ| of the counted experts and 8 (1 - 0.75^B)", gap, lt=0.05)
+nb.check("max|Δ| of the counted experts and 8 (1 - 0.75^B)", gap, lt=0.13)
 
 # %% [markdown]
-# **Takeaway.** Sparse experts save arithmetic. They save reading only for one text or two.
+# **Takeaway.** Sparse experts save arithmetic. They save reading only while few texts are
+# decoded together.
 #
 # ## The router
 #
@@ -266,9 +268,13 @@ nb.check("mean sum, not divided", sums.mean(), lt=0.8)
 # chosen the weight 0. Its shapes do not depend on the data, and three quarters of its work
 # are wasted. **Blocks** is what `mix` runs: tokens are brought together by expert. (`mix`
 # has a plain version, `mix.plain`, and faster ones that the package puts in its place.)
+#
+# All experts are stored as one network, whose arrays have one more axis in front: `w1` has
+# the shape `[E, F, D]`. `jax.tree.map` calls a function with every array of a module, and
+# makes a module of what comes back. So it can take one expert out:
 
 # %%
-length = nb.knob(40, of=(40, 96, 200))
+length = nb.knob(40, of=(40, 96))
 layer = fresh.layers[0].feed_forward
 x = jax.random.normal(key, (length, tiny.dim))  # [T, D]
 chosen, weights = mx.moe.route(layer.gate(x), 2)
@@ -289,9 +295,8 @@ nb.check("max|Δ|, blocks and the loop", jnp.abs(blocks - loop).max(), lt=1e-4)
 
 # %% [markdown]
 # Equal results do not prove that less was done. Poison does. We send the first token alone,
-# and fill all experts but its own with NaN. (`eqx.filter_jit`, `tree_at` and `tree.map`
-# are in [01](01_one_model_two_languages.ipynb).) NaN times 0 is NaN, so a way that touches
-# what it does not need gives itself away.
+# and fill all experts but its own with NaN, "not a number". NaN times 0 is NaN, so a way
+# that touches what it does not need gives itself away.
 
 # %%
 needed = jnp.isin(jnp.arange(8), chosen[0])
@@ -376,6 +381,8 @@ nb.caption(
 # %%
 nb.check("rows for each needed, blocks, up to 32 tokens", padded[:6].max(), eq=1.0)
 nb.check("tokens where padding is worst", int(lengths[padded.argmax()]), eq=64)
+sizes = [mx.kernels.experts.block_sizes(2 * n, 8)[0] for n in (32, 64)]
+nb.check("slots of a block, for 32 and for 64 tokens", sizes, eq=[1, 16])
 nb.check("rows for each needed, blocks, from 128 tokens", padded[7:].max(), lt=1.33)
 nb.check("rows for each needed, blocks, from 512 tokens", padded[9:].max(), lt=1.25)
 quarter = dropped["capacity 1.25"]
@@ -396,6 +403,10 @@ nb.check("share dropped at capacity 1.0, 8,192 tokens", dropped["capacity 1"][-1
 # feed-forward network of the embedded model. Portions sum to one, so every mixture of the
 # copies is the network itself, whatever the router does. (Training such copies further is
 # called sparse upcycling.)
+#
+# Modules cannot be changed. `eqx.tree_at(where, module, new)` makes a copy in which one
+# part is another: `where` is a function that points to it. And `eqx.filter_jit` compiles a
+# function; arrays among its arguments are inputs of the program, all else is built into it.
 
 # %%
 oracle = nb.Oracle("08")
@@ -405,6 +416,7 @@ tokens = nb.held_out(64)
 
 
 # %%
+@eqx.filter_jit
 def upcycled(block, key):
     config = dataclasses.replace(package.config, moe=tiny.moe)
     mixture = mx.moe.MixtureOfExperts(config, dtype=jnp.float32, key=key)  # random router
@@ -420,7 +432,8 @@ copies = eqx.tree_at(lambda m: m.layers, package, layers)
 logits = lambda model: np.asarray(eqx.filter_jit(model)(jnp.asarray(tokens))[0])  # [T, V]
 sparse, truth = logits(copies), logits(package)
 positions, caches = jnp.arange(64), one_file.empty_cache(1, 64)
-reference = np.asarray(one_file(jnp.asarray([tokens]), positions, caches)[0][0])
+compiled = eqx.filter_jit(one_file)
+reference = np.asarray(compiled(jnp.asarray([tokens]), positions, caches)[0][0])
 
 
 # %% [markdown]
@@ -445,7 +458,7 @@ gaps = {name: float(np.abs(sparse[::8] - dense).max()) for name, dense in found.
 
 # %%
 block = layers[3]
-noise = lambda i, leaf: leaf + 0.05 * jax.random.normal(jax.random.key(i), leaf.shape)
+noise = lambda i, w: w + jnp.float32(np.random.default_rng(i).normal(0, 0.05, w.shape))
 w1, w2, w3 = (
     noise(i, getattr(block.feed_forward.experts, f"w{i}").weight) for i in (1, 2, 3)
 )
@@ -502,7 +515,7 @@ for name in gaps:
     nb.check(f"max|Δ| logits, sparse copies and dense {name}", gaps[name], lt=2e-3)
     nb.check(f"max|Δ| of a mixture, {name}", mixture_gaps[name], lt=1e-3)
 agree = (sparse.argmax(1) == truth.argmax(1)).sum()
-nb.check("argmax, sparse copies = dense", int(agree), eq=64)
+nb.check("tokens of 64 with the same best guess", int(agree), gt=60)
 
 # %% [markdown]
 # The difference in code: torch selects tokens with `torch.where`, whose length depends on
@@ -514,22 +527,21 @@ nb.check("argmax, sparse copies = dense", int(agree), eq=64)
 #
 # ## Does the balancing loss balance?
 #
-# A router left alone has favourites: an expert that is chosen learns, and is chosen more.
-# So training adds a loss that is smallest if all experts are used alike. The package's is
-# the loss of the Switch Transformer, computed over all layers together, as Hugging Face's
-# transformers library does it.
+# A router left alone has favourites, as we shall see. So training adds a loss that is
+# smallest if all experts are used alike. The package's is the loss of the Switch
+# Transformer, computed over all layers together, as Hugging Face's transformers library
+# does it.
 
 # %%
-
-
 load_balancing_loss = training.load_balancing_loss
 nb.show_source(load_balancing_loss)
 
 # %% [markdown]
 # We train `fresh` on Shakespeare three times: without that loss; with it, as the package
 # does (times 0.02); and with the same formula for each layer alone, averaged, which is
-# ours. `eqx.filter_value_and_grad` gives a function's value and its gradient by the model's
-# arrays. Optax turns a gradient into an update; both are explained in
+# ours. `eqx.filter_value_and_grad` gives a function's value and its gradient by the arrays
+# of its first argument, here the model. Optax, a library of optimizers, turns the gradient
+# into changes, and `eqx.apply_updates` adds these to the model. All this is explained in
 # [09](09_training_and_lora.ipynb).
 #
 # **Predict.** Trained as the package does it, what becomes more even: the load of every
@@ -539,7 +551,7 @@ nb.show_source(load_balancing_loss)
 my_even = None  # "every layer", "the sum" or "neither"
 
 # %%
-steps, rows_of_text = 120, nb08.corpus(mx.load_tokenizer(nb.MODEL))
+steps, rows_of_text = 80, nb08.corpus(mx.load_tokenizer(nb.MODEL))
 bos = int(nb.held_out(1)[0])
 data = text_batches.Slices("Shakespeare", rows_of_text, seq_len=32, bos_id=bos)
 optimizer = training.make_optimizer(learning_rate=4e-3, steps=steps, warmup=10)
@@ -556,7 +568,7 @@ def objective(model, tokens, together, apart):
 
 # %% [markdown]
 # One step of training, compiled once for all three ways, because the factors of the two
-# losses are arguments; and 120 such steps on batches of eight rows of 32 tokens.
+# losses are arguments; and 80 such steps on batches of eight rows of 32 tokens.
 
 
 # %%
@@ -584,12 +596,12 @@ trained = {name: train(*way) for name, way in ways.items()}
 # How many of 1,024 tokens that no model has seen choose each expert, in each layer?
 
 # %%
-text = jnp.asarray(nb.held_out(1024))
-routed = eqx.filter_jit(lambda model: model.with_router_logits(text[None])[1][0])
-picks = {
-    name: np.asarray(jax.lax.top_k(routed(model), 2)[1])  # [L, T, k]
-    for name, (model, _) in trained.items()
-}
+text = jnp.asarray(nb.held_out(1024)).reshape(16, 64)
+router = eqx.filter_jit(lambda model: model.with_router_logits(text)[1])  # [B, L, T, E]
+by_layer = lambda logits: np.asarray(logits).swapaxes(0, 1).reshape(4, 1024, 8)
+routed = {name: by_layer(router(model)) for name, (model, _) in trained.items()}
+best_two = lambda logits: np.argsort(-logits, axis=-1)[..., :2]
+picks = {name: best_two(logits) for name, logits in routed.items()}  # [L, T, k]
 load = lambda p: np.stack([np.bincount(layer.ravel(), minlength=8) for layer in p])
 loads = {name: load(p) for name, p in picks.items()}  # [L, E]
 share = 1024 * 2 / 8  # the fair one
@@ -603,7 +615,7 @@ busiest = {name: n.max(axis=1).mean() / share for name, n in loads.items()}
 of_sum = {name: n.mean(axis=0).max() / share for name, n in loads.items()}
 
 # %%
-uneven = busiest["the package's"] > 2
+uneven = busiest["the package's"] > 1.8
 nb.guess(
     "More even, with the package's loss",
     my_even,
@@ -619,10 +631,9 @@ nb.guess(
 nb08.plot_load(loads, share)
 nb.caption(
     "1.0 is an expert's fair share of 1,024 tokens that no model has seen. With the "
-    "package's "
-    "loss the last line is more even than without a loss, and the layers are not: "
-    "they have "
-    "different favourites. With each layer's own loss the layers are more even by far."
+    "package's loss the last line is more even than without a loss, and the layers are "
+    "about as uneven as before: they have different favourites. With each layer's own loss "
+    "the layers are more even by far."
 )
 
 # %% [markdown]
@@ -639,7 +650,9 @@ kept = (busiest["the package's"] - 1) / (busiest["no balancing loss"] - 1)
 nb.check(
     "excess of the busiest in a layer, with the package's loss over without", kept, gt=0.5
 )
-nb.check("busiest in a layer, the package's loss", busiest["the package's"], gt=2)
+nb.check("busiest in a layer, the package's loss", busiest["the package's"], gt=1.8)
+favourites = len(set(loads["the package's"].argmax(axis=1).tolist()))
+nb.check("different favourites of four layers, the package's loss", favourites, gt=1)
 favour = (busiest["the package's"] - 1) / (busiest["each layer's"] - 1)
 nb.check(
     "excess of the busiest in a layer, the package's over each layer's", favour, gt=1.3
@@ -653,39 +666,37 @@ nb.check("loss after training", max(row[3] for row in table), lt=7)
 # each layer alone is 8.
 
 # %%
-lopsided = 50 * jnp.broadcast_to(jnp.eye(8)[:, None], (8, 100, 8))  # [L, T, E]
-alone = jax.vmap(lambda layer: load_balancing_loss(layer, 1))(lopsided)
-nb.check("loss, all layers together", load_balancing_loss(lopsided, 1), near=1.0)
-nb.check("loss, each layer alone", alone.mean(), near=8.0)
+lopsided = 50 * np.broadcast_to(np.eye(8)[:, None], (8, 100, 8))  # [L, T, E]
+balance = jax.jit(lambda logits: load_balancing_loss(logits, 1))
+alone = np.mean([balance(layer) for layer in lopsided])
+nb.check("loss, all layers together", balance(lopsided), near=1.0)
+nb.check("loss, each layer alone", alone, near=8.0)
 
 # %% [markdown]
-# **Takeaway.** A mean over layers hides what each layer does. Yet within a layer the
-# busiest expert decides, since the layer is done when all its experts are.
+# **Takeaway.** A mean over layers hides what each layer does. Yet if experts work side by
+# side, a layer is done only when its busiest expert is.
 #
 # ## Who goes where
 #
-# A line that the model has never seen goes through the first and the last layer of the
-# model that was trained with each layer's loss.
+# A line that the model has never seen, in the first and in the last layer of the model
+# that was trained with each layer's loss.
 
 # %%
-model, tokenizer = trained["each layer's"][0], mx.load_tokenizer(nb.MODEL)
-pieces = nb.held_out(200)[100:124]
-words = [tokenizer.decode([i]).strip() or "·" for i in pieces]
-of_line = eqx.filter_jit(lambda ids: model.with_router_logits(ids[None])[1][0])
+place = slice(128, 152)  # 24 tokens
+words = [tokenizer.decode([int(i)]).strip() or "·" for i in text.ravel()[place]]
 shares_of = {}
 for number in (0, 3):
-    chosen, weights = mx.moe.route(of_line(jnp.asarray(pieces))[number], 2)
-    shares_of[f"layer {number + 1}"] = np.zeros((len(pieces), 8))
-    np.put_along_axis(
-        shares_of[f"layer {number + 1}"], np.asarray(chosen), np.asarray(weights), 1
-    )
+    chosen, weights = mx.moe.route(routed["each layer's"][number, place], 2)
+    portions = np.zeros((len(words), 8))
+    np.put_along_axis(portions, np.asarray(chosen), np.asarray(weights), 1)
+    shares_of[f"layer {number + 1}"] = portions
 
 # %%
 nb08.plot_map(words, shares_of)
 nb.caption(
-    "each column is a token, and its two shaded cells are the experts that it takes. They "
-    "sum to one, so one of them can be nearly white. A token that comes twice often has "
-    "the same first expert."
+    "each column is a token, and its two shaded cells are the experts that it takes: the "
+    "darker, the more. The two sum to one. A token that comes twice often has the same "
+    "first expert."
 )
 
 # %% [markdown]
@@ -697,8 +708,9 @@ nb.caption(
 # %%
 def repeated(first):  # the first expert of every token of the text
     hits, base = [], []
-    for i, token in enumerate(np.asarray(text)):
-        same = np.flatnonzero(np.asarray(text) == token)
+    ids = np.asarray(text).ravel()
+    for i, token in enumerate(ids):
+        same = np.flatnonzero(ids == token)
         if len(others := same[same != i]):
             hits.append(np.bincount(first[others], minlength=8).argmax() == first[i])
             base.append(np.bincount(first).argmax() == first[i])
@@ -713,7 +725,7 @@ nb.table(
 
 # %%
 nb.check(
-    "same token and same expert, least of any layer", min(a for a, _ in agreement), gt=0.3
+    "same token and same expert, least of any layer", min(a for a, _ in agreement), gt=0.25
 )
 ahead = min(same - base for same, base in agreement)
 nb.check("least lead over the favourite, any layer", ahead, gt=0.02)
@@ -722,9 +734,9 @@ nb.check("max|Δ| of the shaded cells' sum and 1", np.abs(np.array(sums) - 1).ma
 
 # %% [markdown]
 # So in this small model the token itself says a lot about its expert. Mixtral's authors
-# looked for experts of subjects, and found that syntax mattered more (§5 of their paper).
-# Trained routers have a price, too: what would a capacity of 1.25 drop of real text, where
-# the router is not random?
+# looked for experts of subjects in theirs, and found that syntax mattered more. Trained
+# routers have a price, too: what would a capacity of 1.25 drop of real text, where the
+# router is not random?
 
 # %%
 lost = {
@@ -733,12 +745,14 @@ lost = {
 nb.table(
     ["trained with", "dropped at capacity 1.25"], [[n, f"{v:.0%}"] for n, v in lost.items()]
 )
-nb.check("dropped, the package's loss", lost["the package's"], gt=0.1)
-nb.check("dropped, each layer's loss", lost["each layer's"], lt=lost["the package's"])
+nb.check("share dropped, a fair router", dropped["capacity 1.25"][10], lt=0.005)
+nb.check("share dropped, the package's loss", lost["the package's"], gt=0.1)
+saved = lost["the package's"] - lost["each layer's"]
+nb.check("share that each layer's loss keeps, beyond the package's", saved, gt=0.05)
 
 # %% [markdown]
-# **Takeaway.** A random router drops next to nothing of 1,024 tokens; a trained one drops
-# a lot. So measure on real text.
+# **Takeaway.** A fair router drops next to nothing of 1,024 tokens. One that was trained
+# with the usual loss drops a lot. So measure on real text.
 #
 # ## Experts on several devices
 #
@@ -767,9 +781,11 @@ nb.caption(
     "which device contributes to which token. A column has one shaded cell or two: the "
     "devices that hold the token's experts. The others are white: they add zeros."
 )
-per_column = (norms > 0).sum(axis=0)
-nb.check("devices that contribute to a token, most", int(per_column.max()), eq=2)
-nb.check("devices that contribute to a token, least", int(per_column.min()), gt=0)
+owners = np.asarray(chosen) // each  # [T, k]
+expected = np.stack([(owners == home).any(axis=1) for home in range(homes)])
+nb.check("shaded cells are those expected", bool((expected == (norms > 0)).all()), eq=True)
+nb.check("most shaded cells of a token", int((norms > 0).sum(axis=0).max()), eq=2)
+nb.check("fewest shaded cells of a token", int((norms > 0).sum(axis=0).min()), gt=0)
 
 # %% [markdown]
 # `jax.shard_map` runs one function on every device of a mesh, on that device's part of the
@@ -794,13 +810,16 @@ print(jnp.arange(4.0), "becomes", jax.jit(add)(jnp.arange(4.0)))
 nb.show_source(mx.devices.experts.mix_where_experts_are)
 spread = mx.shard(fresh, mx.devices.mesh.make_mesh({"expert": homes}))
 experts = spread.layers[0].feed_forward.experts
-together = jax.jit(mx.moe.mix)(experts, x, chosen, weights)
+
+# %% [markdown]
+# `lower` and `compile` make the program without running it, as in
+# [05](05_what_the_compiler_sees.ipynb), and `as_text` shows its lines. So we can count the
+# messages, and then run that very program.
 
 # %%
-ids = jax.random.randint(key, (4, 32), 0, 2048)
-forward = jax.jit(lambda model, ids: jax.vmap(lambda row: model(row)[0])(ids))
-compiled = forward.lower(spread, ids).compile()
-gap = jnp.abs(np.asarray(compiled(spread, ids)) - forward(fresh, ids)).max()
+program = jax.jit(mx.moe.mix).lower(experts, x, chosen, weights).compile()
+messages = [line for line in program.as_text().splitlines() if " all-reduce(" in line]
+together = program(experts, x, chosen, weights)
 here = experts.w1.weight.addressable_shards[0].data.nbytes
 everywhere = layer.experts.w1.weight.nbytes
 
@@ -810,9 +829,14 @@ nb.check(
     jnp.abs(sum(parts) - np.asarray(together)).max(),
     lt=1e-4,
 )
-nb.check("max|Δ| logits, experts on devices and on one", gap, lt=1e-3)
+alone = mx.moe.mix.plain(layer.experts, x, chosen, weights)
+nb.check(
+    "max|Δ|, experts on devices and all on one",
+    jnp.abs(np.asarray(together) - alone).max(),
+    lt=1e-4,
+)
 nb.check("experts' bytes, one device over all", here / everywhere, eq=1 / homes)
-nb.check("all-reduces in the program", compiled.as_text().count(" all-reduce"), gt=0)
+nb.check("all-reduces in the program of a layer", len(messages), eq=1)
 
 # %% [markdown]
 # So no token is sent anywhere: every device has them all already. GShard's scheme keeps
@@ -827,20 +851,20 @@ nb.check("all-reduces in the program", compiled.as_text().count(" all-reduce"), 
 my_room = None  # 0.25, 0.5 or 1
 
 # %%
-slots = lambda n_experts: np.prod(
-    mx.kernels.experts.block_sizes(4096 * 2, n_experts)
-)  # for 4,096 tokens
-room = slots(8 // homes) / slots(8)
+pairs = 4096 * 2  # 4,096 tokens, two experts for each
+slots = lambda n_experts: int(np.prod(mx.kernels.experts.block_sizes(pairs, n_experts)))
+room = slots(each) / slots(8)
 nb.guess(
     "Slots of a device, over those of one device alone",
     my_room,
     min((0.25, 0.5, 1), key=lambda option: abs(option - room)),
     why={
-        0.25: "only if every device gets its fair share, which nobody can promise.",
+        0.25: "that is its fair share, and nobody can promise that it gets no more.",
         0.5: "all tokens might choose the experts of one and the same device.",
     },
 )
-nb.check("slots of a device over those of one device", room, gt=0.9)
+nb.check("slots of a device for each pair of all tokens", slots(each) / pairs, gt=0.999)
+nb.check("slots of a device over its fair share", room * homes, gt=1.5)
 
 # %% [markdown]
 # **Takeaway.** Cutting experts divides the weights, but not the room for tokens: a program
@@ -914,9 +938,9 @@ nb.guess("Runs of a stage, all together", my_runs, grid.size, why)
 nb08.plot_schedule(grid)
 nb.caption(
     "what came out of each stage in each turn, recognised by its numbers. Coloured cells "
-    "are the schedule. In the others a stage runs too: before its first microbatch "
-    "on zeros, "
-    "after its last one on the same microbatch again. These outputs are thrown away."
+    "are the schedule. In the others a stage runs too: before its first microbatch on "
+    "zeros, after its last one on the same microbatch again. These outputs are thrown "
+    "away."
 )
 
 # %% [markdown]
@@ -933,6 +957,9 @@ nb.check("runs of a stage, all together", grid.size, eq=n_stages * (n_micro + n_
 again, zeros = int((grid == nb08.AGAIN).sum()), int((grid == nb08.NONSENSE).sum())
 nb.check("runs that make a microbatch again", again, eq=n_stages * (n_stages - 1) // 2)
 nb.check("runs that make no microbatch", zeros, eq=n_stages * (n_stages - 1) // 2)
+size = 4 // n_stages  # layers of a stage; every note has its layer's number
+empty = [not mean.any() for number, mean in notes if (number + 1) % size == 0]
+nb.check("runs that make zeros", sum(empty), eq=zeros)
 
 # %%
 if n_stages == 4:  # the moving picture is of the default
@@ -953,7 +980,7 @@ if n_stages == 4:  # the moving picture is of the default
 
 # %%
 sizes = np.array([1, 2, 4, 8, 16])  # 16 rows of text are 16 microbatches at most
-wasted = {n_micro: (grid < 0).mean()} | {m: (run_stages(m)[0] < 0).mean() for m in (1, 8)}
+wasted = {n_micro: (grid < 0).mean(), 16: (run_stages(16)[0] < 0).mean()}
 formula = (n_stages - 1) / (sizes + n_stages - 1)
 picked = nb08.fair_choices(256, 8)  # [draws, T, k]
 different = lambda m: np.mean([len(np.unique(c[: 256 // m])) for c in picked])
@@ -962,10 +989,9 @@ reads = [(m + n_stages - 1) * different(m) for m in sizes]
 # %%
 nb08.plot_microbatches(sizes, wasted, formula, reads)
 nb.caption(
-    "above, the bubble shrinks as the formula says: the package was run at the three "
-    "points. "
-    "Below, the experts that one layer reads in all turns, for the same 256 tokens. They "
-    "multiply: every microbatch chooses nearly all eight."
+    "above, the bubble shrinks as the formula says: the package was run at the two "
+    "points. Below, the experts that one layer reads in all turns, for the same 256 "
+    "tokens. They multiply: every microbatch chooses nearly all eight."
 )
 
 # %%
@@ -975,7 +1001,7 @@ nb.check("experts read, 16 microbatches over 1", reads[-1] / reads[0], gt=2)
 nb.check(
     "each doubling of microbatches reads more", bool((np.diff(reads) > 0).all()), eq=True
 )
-nb.check("different experts of a 16th of the batch", different(16), gt=7)
+nb.check("different experts of a 16th of the batch, of 8", different(16), gt=6)
 
 # %% [markdown]
 # **Takeaway.** A run in the bubble costs as much as a useful one. More microbatches shrink
@@ -1092,9 +1118,9 @@ nb.say(
 # how long it takes. An all-to-all, which the package does not use. Training in stages,
 # where gradients run through the pipeline backwards and need a schedule of their own.
 #
-# **Further reading.** *Mixtral of Experts* (arXiv 2401.04088), §2.1 for the layer and §5
-# for the routing; *Switch Transformers* (2101.03961), §2.2 for capacity and the balancing
-# loss; *GShard* (2006.16668), §2.2 for the all-to-all; *GPipe* (1811.06965), §2.3 for the
-# bubble; *Sparse Upcycling* (2212.05055), §3 for experts that begin as copies.
+# **Further reading.** *Mixtral of Experts* (arXiv 2401.04088), for the layer and for who
+# goes where; *Switch Transformers* (2101.03961), for capacity and the balancing loss;
+# *GShard* (2006.16668), for the all-to-all; *GPipe* (1811.06965), for the bubble; *Sparse
+# Upcycling* (2212.05055), for experts that begin as copies.
 #
 # **Next**: [09](09_training_and_lora.ipynb), where a dense model learns.
