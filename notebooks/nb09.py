@@ -69,7 +69,7 @@ def by_name(tree) -> dict[str, np.ndarray]:
     return {name(path): np.asarray(leaf) for path, leaf in leaves}
 
 
-def fingerprints(arrays: dict[str, np.ndarray], n: int = 200) -> np.ndarray:
+def fingerprints(arrays: dict[str, np.ndarray], n: int = 100) -> np.ndarray:
     """Of each array, in the order of the names: its norm, its largest number, and `n` of
     its numbers."""
     rows = []
@@ -107,11 +107,12 @@ def plot_gradients(series: dict[str, np.ndarray], names: list[str]) -> None:
     order = [i for i in order if names[i].startswith("layers.")]
     _, axis = plt.subplots(figsize=(7, 4))
     for name, values in series.items():
-        axis.semilogy(values[order], label=name, markersize=4, linewidth=1)
+        axis.semilogy(values[order], label=name, markersize=5, linestyle="none")
     axis.set_xticks(np.arange(6) * len(order) / 6 + 4, range(6))
-    axis.set(
-        xlabel="layer; nine arrays each", ylabel="difference of the gradient, relative"
-    )
+    for i in range(1, 6):
+        axis.axvline(i * len(order) / 6 - 0.5, color="0.85", linewidth=1, marker="")
+    axis.grid(axis="x", visible=False)
+    axis.set(xlabel="layer (nine arrays each)", ylabel="relative Δ of the gradient")
     axis.legend(fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
 
 

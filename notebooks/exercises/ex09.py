@@ -28,7 +28,7 @@ def check_all_but_embedding(all_but_embedding: Callable) -> bool | None:
         return todo("all_but_embedding")
     if wrong is None:
         wrong = _wrong_filter(model, answer)
-    praise = "After a step all has moved but the embedding."
+    praise = "All is trained but the embedding."
     return verdict("all_but_embedding", wrong, praise)
 
 
@@ -72,6 +72,9 @@ def check_first_state(first_state: Callable) -> bool | None:
 def _wrong_state(optimizer, model, state) -> str | None:
     def loss(model):
         return jnp.mean((jax.vmap(model)(jnp.eye(3)) - 1) ** 2)
+
+    if isinstance(state, eqx.Module):
+        return "That is a model. The optimizer's state is what its `init` makes of one."
 
     n_weights = len(jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array)))
     n_moments = sum(eqx.is_array(leaf) and leaf.ndim > 0 for leaf in jax.tree.leaves(state))
