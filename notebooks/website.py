@@ -52,7 +52,8 @@ table { display: block; overflow-x: auto; border-collapse: collapse; font-size: 
 th, td { padding: 0.25rem 0.7rem; border-bottom: 1px solid #ddd; text-align: left;
        vertical-align: top; }
 td.short { white-space: nowrap; } td.long { min-width: 14rem; }
-@media (max-width: 40rem) { th, td { padding: 0.25rem 0.4rem; } td img { min-width: 4.5rem; } }
+@media (max-width: 40rem) {
+       th, td { padding: 0.25rem 0.4rem; } td img { min-width: 4.5rem; } }
 .contents { font: 0.95rem/1.5 system-ui, sans-serif; }
 details { margin: 0.8rem 0; } summary { cursor: pointer; }
 .anchor-link { display: none; }

@@ -404,10 +404,11 @@ nb.check(
 )
 
 # %% [markdown]
-# Why share keys at all? While it writes, a model keeps the keys and values of every past
-# token. This **cache** is what fills a GPU. For Mistral 7B, in bfloat16, one more token
-# costs (`jax.eval_shape` computes shapes and allocates nothing; `jax.tree.leaves` lists the
-# arrays of an object):
+# Why share keys at all? While it writes, a model keeps the keys and values of every token
+# that it can still see. This memory is its **cache**, and for long texts and many users it
+# is larger than the model. In Mistral 7B, without a window and in bfloat16, one more token
+# costs what comes next. (`jax.eval_shape` computes shapes and allocates nothing;
+# `jax.tree.leaves` lists the arrays of an object.)
 
 
 # %%
@@ -436,7 +437,7 @@ nb.say(
 #
 # Attention is a sum over tokens, and a sum has no order. Something must tell it who stands
 # where. RoPE, *rotary position embedding*, takes the features of a query or key in pairs,
-# and turns each pair like the hand of a clock. The hand of token `m` stands at `m` times
+# and turns each pair like the hand of a clock. The hand of token `m` is turned by `m` times
 # the pair's speed: the first pair turns one radian a token, the next ones ever slower.
 #
 # A pair is a point in the plane, so it is one complex number, and turning it by an angle is
@@ -503,6 +504,23 @@ scores = np.asarray(jnp.einsum("td,sd->ts", at(one_q), at(one_k)))
 spread = max(np.ptp(np.diagonal(scores, -distance)[:200]) for distance in (0, 1, 7, 63))
 nb.check("score at 200 places, same distance: largest spread", spread, lt=1e-3)
 nb.check("score at different distances: spread", np.ptp(scores[:, 0]), gt=2)
+
+# %%
+if theta == 1e4:  # the moving picture is of the default
+    shown = nb02.film(at(one_q), at(one_k), "pictures/02_rope.gif")  # scores, [2, 17]
+    nb.check("moving picture: key 4 behind, spread of scores", np.ptp(shown[0]), lt=1e-3)
+    live = np.array([np.diagonal(scores, -4)[:17], scores[4:21, 0]])
+    nb.check("moving picture, max|Δ| to the scores above", abs(shown - live).max(), lt=1e-2)
+
+# %% [markdown]
+# The cell above also makes a moving picture of them:
+#
+# ![The hands of three pairs turn, first with the key four tokens behind, then with the key
+# at position 0](pictures/02_rope.gif)
+#
+# First the key follows four tokens behind. Both hands of each pair turn, the grey angle
+# between them stays, and so does the score. Then the key stays at position 0. Now the
+# angles change, each pair's at its own speed, and the score changes with them.
 
 # %% [markdown]
 # The angles need exact positions. That is a trap in half precision: bfloat16 has 8
@@ -906,8 +924,10 @@ def loss(model, turned):
 
 
 # %% [markdown]
-# **`eqx.filter_jit`** is `jax.jit` for functions that take modules. One compiled function
-# serves all copies of the same shapes; only modules of another class are compiled anew.
+# `jax.jit` takes arrays, and trees of arrays such as our models. **`eqx.filter_jit`** also
+# takes trees that hold other things, a function, say, and makes these a part of the
+# program. One compiled program serves all copies of the same shapes. Only models with
+# modules of another class are compiled anew.
 
 # %%
 losses = {name: float(loss(model, jnp.float32(1))) for name, model in models.items()}
@@ -1149,7 +1169,7 @@ base = losses["the sound model"]
 cost = {name: f"{loss - base:+.1f} nats" for name, loss in losses.items()}
 lost = f"{cost['no attention']}; in the wrong order {cost['kv heads swapped']}"
 shut_off = f"{cost['no feed-forward']}; gates open {cost['gates open']}"
-overflow = f"overflow: {bare_sizes[1]:.2g} is {bare_sizes[4]:.0e} three blocks later"
+overflow = f"overflow: rms {bare_sizes[1]:.2g} after block 1, {bare_sizes[4]:.0e} after 4"
 rows = [
     ["residual stream", "the sum of 13 arrays", "parts have nothing to read or write"],
     ["RMSNorm", "every reader gets numbers of about one", overflow],
