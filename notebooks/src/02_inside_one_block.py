@@ -53,10 +53,9 @@ text = jnp.asarray(nb.held_out(1024)).reshape(8, 128)  # [B, T]
 tokens = text[0]  # [T]
 
 # %% [markdown]
-# Two small measures are used throughout. The **rms**, root mean square, is the size of a
-# typical number in an array. The **loss** is the average of `-log p(next token)`, in nats.
-# A model that knows nothing gives each of 2,048 tokens the same chance, and its loss is
-# log 2048.
+# Two measures: the **rms**, root mean square, is the size of a typical number in an array.
+# The **loss** is the average of `-log p(next token)`, in nats. A model that knows nothing
+# gives each of 2,048 tokens the same chance, and its loss is log 2048.
 
 
 # %%
@@ -405,9 +404,8 @@ nb.check(
 
 # %% [markdown]
 # Why share keys at all? While it writes, a model keeps the keys and values of every token
-# that it can still see. This memory is its **cache**, and for long texts and many users it
-# is larger than the model. In Mistral 7B, without a window and in bfloat16, one more token
-# costs what comes next. (`jax.eval_shape` computes shapes and allocates nothing;
+# that it can still see. This **cache** grows with each token. By how much, for a Mistral 7B
+# without a window, in bfloat16? (`jax.eval_shape` computes shapes and allocates nothing;
 # `jax.tree.leaves` lists the arrays of an object.)
 
 
@@ -515,12 +513,11 @@ if theta == 1e4:  # the moving picture is of the default
 # %% [markdown]
 # The cell above also makes a moving picture of them:
 #
-# ![The hands of three pairs turn, first with the key four tokens behind, then with the key
-# at position 0](pictures/02_rope.gif)
+# ![The hands of three pairs turn, and below them the score](pictures/02_rope.gif)
 #
-# First the key follows four tokens behind. Both hands of each pair turn, the grey angle
-# between them stays, and so does the score. Then the key stays at position 0. Now the
-# angles change, each pair's at its own speed, and the score changes with them.
+# First the key follows four tokens behind: the hands turn, the grey angles between them
+# stay, and so does the score. Then the key stays at 0: the angles change, and so does the
+# score.
 
 # %% [markdown]
 # The angles need exact positions. That is a trap in half precision: bfloat16 has 8
@@ -668,12 +665,12 @@ nb.say(
 # %% [markdown]
 # ## SwiGLU: a gate for every feature
 #
-# Attention has brought information into a token's row. The **feed-forward network** now
-# works on that row, each token by itself. It widens the row from `D` = 256 to `F` = 704
-# numbers, twice: `w1(x)` makes *gates*, `w3(x)` makes *contents*. The gates go through
-# `silu(z) = z · sigmoid(z)`, which lets large `z` through and flattens negative `z` to
-# about zero. Gates and contents are multiplied, feature by feature, and `w2` takes them
-# back to 256. Three lines, on a 4 × 4 table, with identity matrices for weights:
+# The **feed-forward network** works on each token's row by itself. It widens the row from
+# `D` = 256 to `F` = 704 numbers, twice: `w1(x)` makes *gates*, `w3(x)` makes *contents*.
+# The gates go through `silu(z) = z · sigmoid(z)`, which lets large `z` through and flattens
+# negative `z` to about zero. Gates and contents are multiplied, feature by feature, and
+# `w2` takes them back to 256. Three lines, on a 4 × 4 table, with identity matrices for
+# weights:
 
 
 # %%
@@ -827,12 +824,8 @@ nb.say(
 # %% [markdown]
 # ## What breaks without it
 #
-# We know what each part does. How much does the trained model depend on it? We take one
-# thing at a time out of all six blocks, and measure the loss on 8 texts of 128 tokens.
-# `eqx.tree_at` makes the changed copies.
-#
-# This asks what a *trained* model does when a part is gone. A model trained without the
-# part from the beginning might learn to do without it.
+# How much does the *trained* model depend on each part? We take one thing at a time out of
+# all six blocks, and measure the loss on 8 texts of 128 tokens.
 
 
 # %%
@@ -925,9 +918,8 @@ def loss(model, turned):
 
 # %% [markdown]
 # `jax.jit` takes arrays, and trees of arrays such as our models. **`eqx.filter_jit`** also
-# takes trees that hold other things, a function, say, and makes these a part of the
-# program. One compiled program serves all copies of the same shapes. Only models with
-# modules of another class are compiled anew.
+# takes trees that hold other things, such as functions, which become a part of the program.
+# All copies of the same shapes share one program; modules of another class get a new one.
 
 # %%
 losses = {name: float(loss(model, jnp.float32(1))) for name, model in models.items()}
