@@ -105,9 +105,8 @@ cut = jax.device_put(numbers, place(None, "model"))
 print(cut)
 
 # %% [markdown]
-# What came of it is still *one* array, of shape 4 × 4, and it can be computed with as ever.
-# Only its parts lie on different devices, and `cut.addressable_shards` lists them, one for
-# each device.
+# That is still *one* array, of shape 4 × 4. Only its parts lie on different devices, and
+# `cut.addressable_shards` lists them, one for each device.
 #
 # **Predict.** The mesh is 2 × 4, and the spec names `model` alone. How many of the eight
 # devices hold the number 0, in the upper left corner: 1, 2 or 8?
@@ -128,8 +127,8 @@ nb.guess(
 )
 
 # %% [markdown]
-# The naive way to the same: split the columns by hand, and give part `i` to all devices in
-# column `i` of the mesh. Does every device hold what it would hold then?
+# The naive way: split the columns by hand, and give part `i` to all devices in column `i`
+# of the mesh. Does every device hold that?
 
 # %%
 parts = np.split(numbers, columns, axis=1)  # naive
@@ -508,10 +507,9 @@ on_eight = mx.shard(small, sharding.mesh_of(model))
 scales = on_eight.layers[0].attention.wo.scales
 nb.check("scales of wo on a device, of 256", nb07.held(scales) // scales.itemsize, eq=256)
 cut, whole, exact = (np.asarray(forward(m, text)) for m in (on_eight, small, package))
-nb.check("max|Δ| logits, int8 on eight devices and on one", abs(cut - whole).max(), lt=1e-3)
-nb.check(
-    "mean|Δ| logits, int8 on eight and float32 on one", abs(cut - exact).mean(), lt=0.1
-)
+gap = nb07.distance(cut, whole)
+nb.check("max|Δ| logits, int8 on eight devices and on one", gap, lt=1e-3)
+nb.check("mean|Δ| logits, int8 and float32", np.abs(cut - exact).mean(), lt=0.1)
 
 # %% [markdown]
 # Now Mistral 7B, from shapes alone. `jax.eval_shape` calls a function without computing: it
