@@ -48,7 +48,8 @@ pre { overflow-x: auto; line-height: 1.4; margin: 0; }
 .output { margin: 0.8rem 0; }
 .output .highlight { background: #fafaf8; padding: 0.6rem 0.8rem; }
 img { max-width: 100%; height: auto; } td img { min-width: 7rem; }
-table { display: block; overflow-x: auto; border-collapse: collapse; font-size: 0.9rem; }
+table { display: block; overflow-x: auto; border-collapse: collapse; font-size: 0.9rem;
+       margin: 0.8rem 0; }
 th, td { padding: 0.25rem 0.7rem; border-bottom: 1px solid #ddd; text-align: left;
        vertical-align: top; }
 td.short { white-space: nowrap; } td.long { min-width: 14rem; }
