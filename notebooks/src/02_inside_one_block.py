@@ -199,8 +199,8 @@ half, wrong_half = (
 )
 
 # %%
-far = "there eps is one part in a thousand of the mean square, and nothing is felt"
-root = "eps is added to the *square* of the size, so it is felt at its root"
+far = "there eps is a thousandth of the mean square, and nothing is felt."
+root = "eps is added to the *square* of the size, so it is felt at its root."
 nb.guess("Half size at", my_half, float(f"{half:.0e}"), why={0.1: far, 0.00001: root})
 
 # %% [markdown]
@@ -305,7 +305,7 @@ serves = np.zeros((8, kv_heads), int)
 for kv in range(kv_heads):
     poked = mx.attention.attend(q, swap(k), swap(v.at[:, kv].add(1)), causal)
     serves[:, kv] = jnp.abs(poked - out).max(axis=(0, 2)) > 1e-3
-turns = {1: "that would be taking turns, `3 % 2`; here neighbours share"}
+turns = {1: "that would be taking turns, `3 % 2`; here neighbours share."}
 served, why = int(serves[3].argmax()), turns if kv_heads == 2 else {}
 nb.guess("Query head 3 is served by kv head", my_kv_head, served, why=why)
 
@@ -535,8 +535,8 @@ left = len(np.unique(rounded))
 kept = len(np.unique(np.asarray(jnp.concatenate([cos, sin], axis=1)), axis=0))
 
 # %%
-many = "that needs ten bits, and bfloat16 has eight"
-few = "256 is where it starts: up to 512 every second number exists, then every fourth"
+many = "that needs ten bits, and bfloat16 has eight."
+few = "256 is where it starts: up to 512 every second number exists, then each fourth."
 nb.guess(
     "Different positions of 1,024 in bf16", my_positions, left, why={1024: many, 257: few}
 )
@@ -627,8 +627,8 @@ def change(turned):  # [L]
 with_rope, without = change(True), change(False)
 
 # %%
-blind = "that holds for a mask-free model; the causal mask tells order from block 2 on"
-all_of_them = "in block 1 the last query sees the same set of keys, in another order"
+blind = "that holds without a mask; the causal mask tells order from block 2 on."
+all_of_them = "in block 1 the last query sees the same set of keys, in another order."
 noticed = int((without > 1e-3).sum())
 nb.guess(
     "Blocks after which it differs", my_blocks, noticed, why={0: blind, 6: all_of_them}
@@ -726,8 +726,8 @@ outputs = np.array([rms(network(scale * x)) for scale in scales])
 doubled = float(rms(network(2 * x)) / rms(network(x)))
 
 # %%
-linear = "so it is for a network of ReLUs; here two things that both double are multiplied"
-saturated = "silu does not saturate: for large inputs it is the input itself"
+linear = "so it is for ReLUs; here two things that both double are multiplied."
+saturated = "silu does not saturate: for large inputs it is the input itself."
 nb.guess("Growth of the output", my_growth, round(doubled), why={2: linear, 1.5: saturated})
 
 # %% [markdown]
@@ -935,11 +935,11 @@ nearer = (
 # What was it?
 
 # %%
-seen = "the model still has its mask, and the words themselves"
-gone = "a part that adds nothing does less harm here than one that adds wrong numbers"
+seen = "the model still has its mask, and the words themselves."
+gone = "a part that adds nothing does less harm here than one that adds nonsense."
 why = {"no RoPE": seen, "no attention": gone, "no feed-forward": gone}
 nb.guess("The worst of the four", my_worst, max(four, key=losses.get), why=why)
-why = {"sound": "the averages are right, but what a gate *says* is which token it is"}
+why = {"sound": "the averages are right, but what a gate *says* is which token it is."}
 nb.guess("Gates fixed", my_nearer, "sound" if nearer[0] < nearer[1] else "nothing", why=why)
 
 # %%
