@@ -1,7 +1,13 @@
 """The plots of notebook 02."""
 
+import io
+import json
+
 import matplotlib.pyplot as plt
 import numpy as np
+from PIL import Image
+
+import nbtools as nb
 
 
 def lens(losses, ceiling: float) -> None:
@@ -62,6 +68,90 @@ def dials(cosines) -> None:
     axis.set(xlabel="position (tokens); the line is the window", ylabel="pair of features")
     axis.grid(False)
     figure.colorbar(image, label="cosine of the pair's angle")
+
+
+BEHIND, LAST, PAIRS = 4, 20, (0, 2, 4)  # what the moving picture shows
+
+
+def film(queries, keys, path: str) -> np.ndarray:
+    """A query and a key at positions 0, 1, 2, ..., [T, d], as a moving picture of two
+    scenes: first both walk on, the key always four tokens behind; then the query walks on
+    alone. The file carries its scores as a comment. If it has these already, it is left as
+    it is. Gives back the scores in the file, [2, T]."""
+    queries, keys = np.asarray(queries), np.asarray(keys)
+    walk = [*range(BEHIND, LAST + 1)]
+    scenes = [[(m, m - BEHIND) for m in walk], [(m, 0) for m in walk]]
+    scores = np.array([[queries[m] @ keys[n] for m, n in scene] for scene in scenes])
+    path = nb.NOTEBOOKS / path
+    if not path.exists() or np.abs(_told(path) - scores).max() > 1e-3:
+        frames = [
+            _frame(queries[m], keys[n], scenes, scores, scene, i)
+            for scene, moments in enumerate(scenes)
+            for i, (m, n) in enumerate(moments)
+        ]
+        # One palette for all: that of the last frame, which has every colour.
+        palette = frames[-1].quantize(16)
+        frames = [f.quantize(palette=palette, dither=Image.Dither.NONE) for f in frames]
+        pause = [250] * (len(walk) - 1) + [2000]
+        frames[0].save(
+            path,
+            save_all=True,
+            append_images=frames[1:],
+            comment=json.dumps(scores.round(4).tolist()),
+            duration=2 * pause,
+            loop=0,
+            optimize=True,
+        )
+    return _told(path)
+
+
+def _told(path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.array(json.loads(picture.info["comment"]))
+
+
+def _frame(query, key, scenes, scores, scene: int, now: int) -> Image.Image:
+    """Above, the hands of three pairs; below, the score up to now."""
+    figure = plt.figure(figsize=(5.6, 4.9), dpi=80)
+    grid = figure.add_gridspec(2, len(PAIRS), height_ratios=(1, 1))
+    m, n = scenes[scene][now]
+    for column, pair in enumerate(PAIRS):
+        dial = figure.add_subplot(grid[0, column])
+        at = lambda x, i=2 * pair: np.arctan2(x[i + 1], x[i])
+        start, stop = np.degrees([at(key), at(query)])
+        dial.add_patch(plt.Circle((0, 0), 1, fill=False, ec="0.6"))
+        dial.add_patch(plt.matplotlib.patches.Wedge((0, 0), 0.5, start, stop, fc="0.85"))
+        for x, style in ((key, "--"), (query, "-")):
+            tip = np.cos(at(x)), np.sin(at(x))
+            color = "black" if style == "-" else "#b5367a"
+            options = dict(color=color, linestyle=style, linewidth=3, marker="")
+            dial.plot([0, tip[0]], [0, tip[1]], **options)
+        dial.set(xlim=(-1.1, 1.1), ylim=(-1.1, 1.1), aspect="equal")
+        dial.set_title(f"pair {pair}", fontsize=13)
+        dial.axis("off")
+    figure.suptitle(f"query (solid) at {m},  key (dashed) at {n}", fontsize=15)
+    axis = figure.add_subplot(grid[1, :])
+    names = "the key follows", "the key stays at 0"
+    looks = ("black", "-", "o"), ("#b5367a", "--", "s")
+    for i, (name, look) in enumerate(zip(names, looks)):
+        until = 0 if i > scene else now + 1 if i == scene else len(scores[i])
+        x, y = [m for m, _ in scenes[i]][:until], scores[i][:until]
+        look = dict(zip(("color", "linestyle", "marker"), look))
+        axis.plot(x, y, markersize=4, label=name, **look)
+    low, high = scores.min(), scores.max()
+    room = 0.1 * (high - low)
+    axis.set(
+        xlim=(BEHIND - 1, LAST + 1), ylim=(low - room, high + 5 * room),
+        xticks=range(BEHIND, LAST + 1, 4),
+    )  # fmt: skip
+    axis.set_xlabel("position of the query (tokens)", fontsize=13)
+    axis.set_ylabel("score", fontsize=13)
+    axis.tick_params(labelsize=12)
+    axis.legend(loc="upper center", ncols=2, fontsize=12, handlelength=2.5)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    plt.close(figure)
+    return Image.open(buffer).convert("RGB")
 
 
 def shuffled(with_rope, without) -> None:

@@ -26,6 +26,7 @@ PAGE = """<!DOCTYPE html>
 </head>
 <body>
 <nav>{nav}</nav>
+{contents}
 <main>
 {body}
 </main>
@@ -47,8 +48,14 @@ pre { overflow-x: auto; line-height: 1.4; margin: 0; }
 .output { margin: 0.8rem 0; }
 .output .highlight { background: #fafaf8; padding: 0.6rem 0.8rem; }
 img { max-width: 100%; height: auto; } td img { min-width: 7rem; }
-table { display: block; overflow-x: auto; border-collapse: collapse; font-size: 0.9rem; }
-th, td { padding: 0.25rem 0.7rem; border-bottom: 1px solid #ddd; text-align: left; }
+table { display: block; overflow-x: auto; border-collapse: collapse; font-size: 0.9rem;
+       margin: 0.8rem 0; }
+th, td { padding: 0.25rem 0.7rem; border-bottom: 1px solid #ddd; text-align: left;
+       vertical-align: top; }
+td.short { white-space: nowrap; } td.long { min-width: 14rem; }
+@media (max-width: 40rem) {
+       th, td { padding: 0.25rem 0.4rem; } td img { min-width: 4.5rem; } }
+.contents { font: 0.95rem/1.5 system-ui, sans-serif; }
 details { margin: 0.8rem 0; } summary { cursor: pointer; }
 .anchor-link { display: none; }
 """
@@ -80,6 +87,10 @@ def page(notebook: nbformat.NotebookNode, before: list[str], after: list[str]) -
     body, _ = exporter.from_notebook_node(notebook)
     body = body.replace('href="README.md', 'href="index.html')
     body = re.sub(r'(href="\w+)\.ipynb', r"\1.html", body)
+    body = re.sub(r"<td([^>]*)>(.*?)</td>", _cell, body, flags=re.DOTALL)
+    body = re.sub(_FIGURE, _described, body, flags=re.DOTALL)
+    # What is left are the covers in the list of notebooks, beside the titles.
+    body = body.replace('alt="No description has been provided for this image"', 'alt=""')
     title = re.match(r"# (.+)", notebook.cells[0].source)[1].replace("`", "")
     link = lambda name, text: f'<a href="{name}.html">{text}</a>'
     steps = [link(name, "← " + _short(name)) for name in before]
@@ -87,7 +98,42 @@ def page(notebook: nbformat.NotebookNode, before: list[str], after: list[str]) -
     steps += [link(name, _short(name) + " →") for name in after]
     style = HtmlFormatter(style="default").get_style_defs(".highlight") + STYLE
     return PAGE.format(
-        title=html.escape(title), style=style, nav="\n".join(steps), body=body
+        title=html.escape(title),
+        style=style,
+        nav="\n".join(steps),
+        contents=_contents(body),
+        body=body,
+    )
+
+
+# A figure as nbconvert writes it, and the caption that follows.
+_FIGURE = (
+    r'alt="No description has been provided for this image"'
+    r'( src="data:[^"]+"(?:(?!<img ).)*?<em>What to see: (.*?)</p>)'
+)
+
+
+def _described(match: re.Match) -> str:
+    """A figure whose description is its caption, for those who do not see it."""
+    caption = re.sub(r"<[^>]+>", "", match[2])
+    return f'alt="{html.escape(html.unescape(caption))}"{match[1]}'
+
+
+def _cell(match: re.Match) -> str:
+    """A cell of a table. On a narrow screen a number is not broken at its minus sign, and a
+    sentence is not squeezed into a column of single words: then the table is scrolled."""
+    text = html.unescape(re.sub(r"<[^>]+>", "", match[2])).strip()
+    kind = "short" if len(text) <= 10 else "long" if len(text) > 40 else ""
+    kind = f' class="{kind}"' if kind else ""
+    return f"<td{match[1]}{kind}>{match[2]}</td>"
+
+
+def _contents(body: str) -> str:
+    """Links to the sections of a page, folded."""
+    sections = re.findall(r'<h2 id="([^"]+)">(.+?)<a class="anchor-link"', body)
+    links = "".join(f'<li><a href="#{name}">{title}</a></li>' for name, title in sections)
+    return (
+        f'<details class="contents"><summary>Contents</summary><ul>{links}</ul></details>'
     )
 
 

@@ -471,6 +471,37 @@ def test_site_needs_no_network():
     assert f"<title>{notebook.cells[0].source.splitlines()[0][2:]}</title>" in page
 
 
+def test_site_is_read_on_a_telephone_and_without_eyes():
+    pytest.importorskip("nbconvert")
+    import website
+
+    notebook = nbformat.read(NOTEBOOKS / f"{SOURCES['03'].stem}.ipynb", as_version=4)
+    page = website.page(notebook, before=[], after=[])
+    assert "No description has been provided" not in page
+    assert page.count('<img alt="') == page.count("What to see: ") + page.count(
+        'src="pictures/'
+    )
+    links = re.findall(r'<li><a href="#([^"]+)">', page)
+    assert len(links) == len(re.findall("<h2 ", page)) > 3
+    assert all(page.count(f'id="{link}"') == 1 for link in links)
+    # Numbers are not broken at a minus sign, and sentences not squeezed into single words.
+    assert "<td>1e-05</td>" not in page and '<td class="short">' in page
+    assert "max-width: 100%" in page and "overflow-x: auto" in page
+
+
+def test_pictures_of_the_site_are_there():
+    named = [
+        name
+        for number in NUMBERS
+        for cell in build.render(SOURCES[number], None).cells
+        for name in re.findall(r"\]\((pictures/[^)]+)\)", cell.source)
+    ]
+    assert named
+    for name in named:
+        assert (NOTEBOOKS / name).exists(), name
+        assert (NOTEBOOKS / name).stat().st_size < 1e6
+
+
 def test_no_notebook_needs_mathjax(number):
     """Which the pages do not have."""
     for cell in build.render(SOURCES[number], None).cells:

@@ -53,10 +53,9 @@ text = jnp.asarray(nb.held_out(1024)).reshape(8, 128)  # [B, T]
 tokens = text[0]  # [T]
 
 # %% [markdown]
-# Two small measures are used throughout. The **rms**, root mean square, is the size of a
-# typical number in an array. The **loss** is the average of `-log p(next token)`, in nats.
-# A model that knows nothing gives each of 2,048 tokens the same chance, and its loss is
-# log 2048.
+# Two measures: the **rms**, root mean square, is the size of a typical number in an array.
+# The **loss** is the average of `-log p(next token)`, in nats. A model that knows nothing
+# gives each of 2,048 tokens the same chance, and its loss is log 2048.
 
 
 # %%
@@ -200,8 +199,8 @@ half, wrong_half = (
 )
 
 # %%
-far = "there eps is one part in a thousand of the mean square, and nothing is felt"
-root = "eps is added to the *square* of the size, so it is felt at its root"
+far = "there eps is a thousandth of the mean square, and nothing is felt."
+root = "eps is added to the *square* of the size, so it is felt at its root."
 nb.guess("Half size at", my_half, float(f"{half:.0e}"), why={0.1: far, 0.00001: root})
 
 # %% [markdown]
@@ -306,7 +305,7 @@ serves = np.zeros((8, kv_heads), int)
 for kv in range(kv_heads):
     poked = mx.attention.attend(q, swap(k), swap(v.at[:, kv].add(1)), causal)
     serves[:, kv] = jnp.abs(poked - out).max(axis=(0, 2)) > 1e-3
-turns = {1: "that would be taking turns, `3 % 2`; here neighbours share"}
+turns = {1: "that would be taking turns, `3 % 2`; here neighbours share."}
 served, why = int(serves[3].argmax()), turns if kv_heads == 2 else {}
 nb.guess("Query head 3 is served by kv head", my_kv_head, served, why=why)
 
@@ -404,10 +403,10 @@ nb.check(
 )
 
 # %% [markdown]
-# Why share keys at all? While it writes, a model keeps the keys and values of every past
-# token. This **cache** is what fills a GPU. For Mistral 7B, in bfloat16, one more token
-# costs (`jax.eval_shape` computes shapes and allocates nothing; `jax.tree.leaves` lists the
-# arrays of an object):
+# Why share keys at all? While it writes, a model keeps the keys and values of every token
+# that it can still see. This **cache** grows with each token. By how much, for a Mistral 7B
+# without a window, in bfloat16? (`jax.eval_shape` computes shapes and allocates nothing;
+# `jax.tree.leaves` lists the arrays of an object.)
 
 
 # %%
@@ -436,7 +435,7 @@ nb.say(
 #
 # Attention is a sum over tokens, and a sum has no order. Something must tell it who stands
 # where. RoPE, *rotary position embedding*, takes the features of a query or key in pairs,
-# and turns each pair like the hand of a clock. The hand of token `m` stands at `m` times
+# and turns each pair like the hand of a clock. The hand of token `m` is turned by `m` times
 # the pair's speed: the first pair turns one radian a token, the next ones ever slower.
 #
 # A pair is a point in the plane, so it is one complex number, and turning it by an angle is
@@ -504,6 +503,22 @@ spread = max(np.ptp(np.diagonal(scores, -distance)[:200]) for distance in (0, 1,
 nb.check("score at 200 places, same distance: largest spread", spread, lt=1e-3)
 nb.check("score at different distances: spread", np.ptp(scores[:, 0]), gt=2)
 
+# %%
+if theta == 1e4:  # the moving picture is of the default
+    shown = nb02.film(at(one_q), at(one_k), "pictures/02_rope.gif")  # scores, [2, 17]
+    nb.check("moving picture: key 4 behind, spread of scores", np.ptp(shown[0]), lt=1e-3)
+    live = np.array([np.diagonal(scores, -4)[:17], scores[4:21, 0]])
+    nb.check("moving picture, max|Δ| to the scores above", abs(shown - live).max(), lt=1e-2)
+
+# %% [markdown]
+# The cell above also makes a moving picture of them:
+#
+# ![The hands of three pairs turn, and below them the score](pictures/02_rope.gif)
+#
+# First the key follows four tokens behind: the hands turn, the grey angles between them
+# stay, and so does the score. Then the key stays at 0: the angles change, and so does the
+# score.
+
 # %% [markdown]
 # The angles need exact positions. That is a trap in half precision: bfloat16 has 8
 # significant bits.
@@ -520,8 +535,8 @@ left = len(np.unique(rounded))
 kept = len(np.unique(np.asarray(jnp.concatenate([cos, sin], axis=1)), axis=0))
 
 # %%
-many = "that needs ten bits, and bfloat16 has eight"
-few = "256 is where it starts: up to 512 every second number exists, then every fourth"
+many = "that needs ten bits, and bfloat16 has eight."
+few = "256 is where it starts: up to 512 every second number exists, then each fourth."
 nb.guess(
     "Different positions of 1,024 in bf16", my_positions, left, why={1024: many, 257: few}
 )
@@ -612,8 +627,8 @@ def change(turned):  # [L]
 with_rope, without = change(True), change(False)
 
 # %%
-blind = "that holds for a mask-free model; the causal mask tells order from block 2 on"
-all_of_them = "in block 1 the last query sees the same set of keys, in another order"
+blind = "that holds without a mask; the causal mask tells order from block 2 on."
+all_of_them = "in block 1 the last query sees the same set of keys, in another order."
 noticed = int((without > 1e-3).sum())
 nb.guess(
     "Blocks after which it differs", my_blocks, noticed, why={0: blind, 6: all_of_them}
@@ -650,12 +665,12 @@ nb.say(
 # %% [markdown]
 # ## SwiGLU: a gate for every feature
 #
-# Attention has brought information into a token's row. The **feed-forward network** now
-# works on that row, each token by itself. It widens the row from `D` = 256 to `F` = 704
-# numbers, twice: `w1(x)` makes *gates*, `w3(x)` makes *contents*. The gates go through
-# `silu(z) = z · sigmoid(z)`, which lets large `z` through and flattens negative `z` to
-# about zero. Gates and contents are multiplied, feature by feature, and `w2` takes them
-# back to 256. Three lines, on a 4 × 4 table, with identity matrices for weights:
+# The **feed-forward network** works on each token's row by itself. It widens the row from
+# `D` = 256 to `F` = 704 numbers, twice: `w1(x)` makes *gates*, `w3(x)` makes *contents*.
+# The gates go through `silu(z) = z · sigmoid(z)`, which lets large `z` through and flattens
+# negative `z` to about zero. Gates and contents are multiplied, feature by feature, and
+# `w2` takes them back to 256. Three lines, on a 4 × 4 table, with identity matrices for
+# weights:
 
 
 # %%
@@ -711,8 +726,8 @@ outputs = np.array([rms(network(scale * x)) for scale in scales])
 doubled = float(rms(network(2 * x)) / rms(network(x)))
 
 # %%
-linear = "so it is for a network of ReLUs; here two things that both double are multiplied"
-saturated = "silu does not saturate: for large inputs it is the input itself"
+linear = "so it is for ReLUs; here two things that both double are multiplied."
+saturated = "silu does not saturate: for large inputs it is the input itself."
 nb.guess("Growth of the output", my_growth, round(doubled), why={2: linear, 1.5: saturated})
 
 # %% [markdown]
@@ -809,12 +824,8 @@ nb.say(
 # %% [markdown]
 # ## What breaks without it
 #
-# We know what each part does. How much does the trained model depend on it? We take one
-# thing at a time out of all six blocks, and measure the loss on 8 texts of 128 tokens.
-# `eqx.tree_at` makes the changed copies.
-#
-# This asks what a *trained* model does when a part is gone. A model trained without the
-# part from the beginning might learn to do without it.
+# How much does the *trained* model depend on each part? We take one thing at a time out of
+# all six blocks, and measure the loss on 8 texts of 128 tokens.
 
 
 # %%
@@ -906,8 +917,9 @@ def loss(model, turned):
 
 
 # %% [markdown]
-# **`eqx.filter_jit`** is `jax.jit` for functions that take modules. One compiled function
-# serves all copies of the same shapes; only modules of another class are compiled anew.
+# `jax.jit` takes arrays, and trees of arrays such as our models. **`eqx.filter_jit`** also
+# takes trees that hold other things, such as functions, which become a part of the program.
+# All copies of the same shapes share one program; modules of another class get a new one.
 
 # %%
 losses = {name: float(loss(model, jnp.float32(1))) for name, model in models.items()}
@@ -923,11 +935,11 @@ nearer = (
 # What was it?
 
 # %%
-seen = "the model still has its mask, and the words themselves"
-gone = "a part that adds nothing does less harm here than one that adds wrong numbers"
+seen = "the model still has its mask, and the words themselves."
+gone = "a part that adds nothing does less harm here than one that adds nonsense."
 why = {"no RoPE": seen, "no attention": gone, "no feed-forward": gone}
 nb.guess("The worst of the four", my_worst, max(four, key=losses.get), why=why)
-why = {"sound": "the averages are right, but what a gate *says* is which token it is"}
+why = {"sound": "the averages are right, but what a gate *says* is which token it is."}
 nb.guess("Gates fixed", my_nearer, "sound" if nearer[0] < nearer[1] else "nothing", why=why)
 
 # %%
@@ -1149,7 +1161,7 @@ base = losses["the sound model"]
 cost = {name: f"{loss - base:+.1f} nats" for name, loss in losses.items()}
 lost = f"{cost['no attention']}; in the wrong order {cost['kv heads swapped']}"
 shut_off = f"{cost['no feed-forward']}; gates open {cost['gates open']}"
-overflow = f"overflow: {bare_sizes[1]:.2g} is {bare_sizes[4]:.0e} three blocks later"
+overflow = f"overflow: rms {bare_sizes[1]:.2g} after block 1, {bare_sizes[4]:.0e} after 4"
 rows = [
     ["residual stream", "the sum of 13 arrays", "parts have nothing to read or write"],
     ["RMSNorm", "every reader gets numbers of about one", overflow],

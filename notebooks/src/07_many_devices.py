@@ -105,9 +105,8 @@ cut = jax.device_put(numbers, place(None, "model"))
 print(cut)
 
 # %% [markdown]
-# What came of it is still *one* array, of shape 4 × 4, and it can be computed with as ever.
-# Only its parts lie on different devices, and `cut.addressable_shards` lists them, one for
-# each device.
+# That is still *one* array, of shape 4 × 4. Only its parts lie on different devices, and
+# `cut.addressable_shards` lists them, one for each device.
 #
 # **Predict.** The mesh is 2 × 4, and the spec names `model` alone. How many of the eight
 # devices hold the number 0, in the upper left corner: 1, 2 or 8?
@@ -128,8 +127,8 @@ nb.guess(
 )
 
 # %% [markdown]
-# The naive way to the same: split the columns by hand, and give part `i` to all devices in
-# column `i` of the mesh. Does every device hold what it would hold then?
+# The naive way: split the columns by hand, and give part `i` to all devices in column `i`
+# of the mesh. Does every device hold that?
 
 # %%
 parts = np.split(numbers, columns, axis=1)  # naive
@@ -226,7 +225,7 @@ print("by outputs:", outputs_cut, "  by inputs:", inputs_cut)
 
 # %% [markdown]
 # And this is the all-reduce as it stands in the program: `f32[4]`, the type and shape of
-# the result; the message; and what goes in. (The rest of the line is cut off.)
+# the result; the message; and what goes in.
 
 # %%
 (found,) = nb07.message_lines(product, put(w, None, "model"), put(x, "model"))
@@ -329,7 +328,8 @@ nb.check("different results among four devices", len(set(first)), eq=4)
 
 # %%
 mixtral = nb07.random_mixtral(config)
-spread = mx.shard(mixtral, make_mesh({"expert": 2, "model": 2}))
+experts_apart = make_mesh({"expert": 2, "model": 2})
+spread = mx.shard(mixtral, experts_apart)
 mix = jax.jit(lambda model, tokens: model(tokens)[0])
 alone, shared = mix(mixtral, text[0]), mix(spread, text[0])
 nb.check(
@@ -337,6 +337,20 @@ nb.check(
     nb07.distance(alone, shared),
     lt=1e-3,
 )
+
+# %% [markdown]
+# Both would be wrong alike if the mixture itself were. One mixture is known beforehand: if
+# all experts are copies of one network, the mixture is that network, because the weights of
+# the chosen sum to one.
+
+# %%
+get = lambda model: model.layers[0].feed_forward
+first = jax.tree.map(lambda w: w[:1], get(mixtral).experts)
+copies = jax.tree.map(lambda w: jnp.repeat(w, 4, axis=0), first)
+alike = eqx.tree_at(lambda m: get(m).experts, mixtral, copies)
+dense = eqx.tree_at(get, mixtral, jax.tree.map(lambda w: w[0], first))
+gap = nb07.distance(mix(mx.shard(alike, experts_apart), text[0]), mix(dense, text[0]))
+nb.check("max|Δ| logits, equal experts on four devices and one network", gap, lt=1e-3)
 
 # %%
 nb.say(
@@ -400,8 +414,8 @@ cuts = {
 }  # fmt: skip
 
 # %% [markdown]
-# That was the prediction. Now `weight.sharding.spec`, what the array itself says of its
-# place, and `addressable_shards[0].data`, what device 0 really has.
+# Beside it, `weight.sharding.spec`, what the array itself says of its place, and
+# `addressable_shards[0].data`, what device 0 really has.
 
 # %%
 block = model.layers[0]
@@ -483,6 +497,21 @@ expected = (whole_bytes - norm_bytes - pair) // n + norm_bytes + pair // shared_
 nb.check("bytes of the weights on a device", nb07.held(model), eq=expected)
 
 # %% [markdown]
+# Weights in eight bits (notebook 10) are cut in the same places. There each row of a matrix
+# has a scale besides. Where rows are cut into pieces, as in `wo`, each device needs the
+# scales of all rows.
+
+# %%
+small = mx.quantize(package, "int8")
+on_eight = mx.shard(small, sharding.mesh_of(model))
+scales = on_eight.layers[0].attention.wo.scales
+nb.check("scales of wo on a device, of 256", nb07.held(scales) // scales.itemsize, eq=256)
+cut, whole, exact = (np.asarray(forward(m, text)) for m in (on_eight, small, package))
+gap = nb07.distance(cut, whole)
+nb.check("max|Δ| logits, int8 on eight devices and on one", gap, lt=1e-3)
+nb.check("mean|Δ| logits, int8 and float32", np.abs(cut - exact).mean(), lt=0.1)
+
+# %% [markdown]
 # Now Mistral 7B, from shapes alone. `jax.eval_shape` calls a function without computing: it
 # returns the shapes and dtypes of the results. So the 7B below takes no memory. And on an
 # `AbstractMesh`, which has axes and sizes but no devices, the package says where its parts
@@ -559,8 +588,8 @@ nb.say(
 #
 # The one-file port knows nothing of devices. But its weights are arrays, and have the same
 # names as the package's. So `eqx.filter_shard` can put them where the package's are, and
-# its code, **unchanged**, runs on eight devices. Torch stays on one: there the same would
-# take another program, in which the messages are written.
+# its code, **unchanged**, runs on eight devices. Our torch model has no messages in it, and
+# stays on one.
 
 # %%
 mesh = make_mesh({"data": 2, "model": 4})
@@ -641,10 +670,10 @@ sent_too = nb07.program(run, spread_one_file, rows_apart).collectives
 nb.check("both ports on 8 devices send the same messages", sent_too == sent, eq=True)
 
 # %% [markdown]
-# The difference in code: none in the model. The package has a function that knows the
-# specs, `mx.shard`; the one-file port has none and was placed by names. The numbers differ
-# as float32 rounds. Last, eight devices write, with a cache, and one reads what they wrote,
-# without. Would it have chosen the same tokens?
+# The difference in code: the package has a function that knows the specs, `mx.shard`; the
+# one-file port was placed by names. The numbers differ as float32 rounds. Last, eight
+# devices write, with a cache, and one reads what they wrote, without. Would it have chosen
+# the same tokens?
 
 # %%
 said = "To be, or not"
@@ -655,8 +684,8 @@ would_write = forward(package, read[None, :-1])[0].argmax(-1)  # each next token
 same = int((would_write == read[1:])[-24:].sum())
 nb.check("tokens of 8 devices that 1 would write, of 24", same, eq=24)
 nb.say(
-    "**Takeaway.** Where arrays lie changes no result: at most "
-    f"{max(row[1] for row in rows):.0e} in a logit, for two ports and torch."
+    "**Takeaway.** Two ports on one device and on eight, and torch on one, agree to "
+    f"{max(row[1] for row in rows):.0e} in all logits. Only the weights were placed."
 )
 
 # %% [markdown]
@@ -799,10 +828,10 @@ nb.guess(
 )
 
 # %% [markdown]
-# A sharding is never part of the meaning. Whatever the specs are, the compiler must deliver
-# what one device would, and pays with messages. So the test that everybody writes first,
-# "sharded equals unsharded", **cannot find a wrong spec**. Read the program instead. What
-# is sent, of which shape, and how often?
+# Whatever the specs are, the compiler must deliver what one device would, and pays with
+# messages. So the test that everybody writes first, "sharded equals unsharded", **cannot
+# find a wrong spec**. Read the program instead. What is sent, of which shape, and how
+# often?
 
 # %%
 kinds = nb07.kinds_of_messages(forward, sound, tokens)
@@ -817,7 +846,7 @@ nb.table(["message", "`wo` by inputs", "`wo` by outputs"], rows)
 # `[4, 64]`, one number for each token. Those are in the norms! XLA has taken `wo`'s cut
 # over to the residual stream. Each device keeps a part of the features. So the mean square
 # of a token has to be summed across devices, and the features are gathered before the
-# matrices that need all of them. One wrong line has changed the whole program.
+# matrices that need all of them.
 
 # %%
 right, broken = nb07.program(forward, sound, tokens), nb07.program(forward, swapped, tokens)
@@ -932,7 +961,7 @@ nb.check("checks that see all four faults", sum(map(all, zip(*seen.values()))), 
 # **Takeaway.** Of four mistakes the numbers show one. Check a sharded program by all three:
 # its numbers, its bytes and its messages.
 #
-# ## What pretend devices cannot tell
+# ## What to believe of pretend devices
 #
 # Eight devices share the batch: with `data` 8 each has one row to read.
 #
@@ -1155,4 +1184,4 @@ nb.say(
 # messages); Rajbhandari et al., ZeRO, arXiv 1910.02054, §5 (`fsdp`); Pope et al., arXiv
 # 2211.05102, §3 (which cut for inference).
 #
-# **Next**: 08, on Mixtral, whose experts are on different devices.
+# **Next**: [08 Mixtral](08_mixtral.ipynb), whose experts are on different devices.
