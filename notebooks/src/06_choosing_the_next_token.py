@@ -913,9 +913,9 @@ forgetting, copying = behind[3] - alone[3], alone[3] - alone[19]
 nb.check("nats by forgetting, over nats by 16 more copies", forgetting / copying, gt=2)
 
 # %% [markdown]
-# Copying helps here, but much less than forgetting. (In large models it is the other way
-# round: Xu et al. measure how each repetition makes the next more probable.) Forgetting
-# alone is enough.
+# Copying helps here, but much less than forgetting. (In large models copying helps much: Xu
+# et al. measure how each repetition makes the next more probable.) Forgetting alone is
+# enough.
 # The extreme case shows it, a model that sees only the last token: it is a table `[V, V]`
 # of how probable each token is after each other. We make it by giving the model texts of
 # one token. The most probable text of a table can be found exactly, by a recursion over
