@@ -11,12 +11,23 @@ import numpy as np
 import mistral_eqx as mx
 
 
+plt.rcParams["figure.dpi"] = 88  # eight figures in one small file
+
+
 def shown(word: str) -> str:
     """A token as it can be read on an axis."""
     return word.replace("\n", "↵").replace("$", r"\$")
 
 
-def bars(distributions: dict, word, *, n: int = 12) -> None:
+def label(word: str) -> str:
+    """A token as a label: marks alone stand in quotes, so that they are not overlooked."""
+    text = shown(word).strip()
+    if not text:
+        return "␣"
+    return text if any(c.isalnum() or c == "↵" for c in text) else f"“{text}”"
+
+
+def bars(distributions: dict, word, *, n: int = 10) -> None:
     """The most probable tokens of some distributions, one panel above the other."""
     figure, axes = plt.subplots(
         len(distributions), 1, figsize=(7, 2.5 * len(distributions))
@@ -26,10 +37,8 @@ def bars(distributions: dict, word, *, n: int = 12) -> None:
         best = np.argsort(-p)[:n]
         axis.bar(range(n), p[best], color="#31688e")
         for i, token in enumerate(best):
-            axis.text(i, p[token], f"{p[token]:.3f}", ha="center", va="bottom", fontsize=8)
-        axis.set_xticks(
-            range(n), [shown(word(t)).strip() or "␣" for t in best], rotation=40, ha="right"
-        )
+            axis.text(i, p[token], f"{p[token]:.3f}", ha="center", va="bottom", fontsize=10)
+        axis.set_xticks(range(n), [label(word(t)) for t in best], rotation=35, ha="right")
         axis.set(ylabel="probability", ylim=(0, 1.15 * p.max()))
         axis.set_title(f"after “{text} …”", fontsize=11, loc="left")
         axis.grid(axis="x", visible=False)
@@ -85,7 +94,7 @@ def scatter(exact, drawn: dict, n: int = 10_000) -> None:
     order = order[np.unique(np.geomspace(1, order.size, 160).astype(int)) - 1]
     styles = [("o", "#31688e"), ("^", "#e07b00")]
     for (name, share), (marker, colour) in zip(drawn.items(), styles):
-        y = np.maximum(share[order], 0.5 / n)
+        y = np.where(share[order] > 0, share[order], 0.55 / n)
         axis.loglog(
             exact[order], y, marker=marker, color=colour, linestyle="", label=name,
             markersize=5,
@@ -93,21 +102,22 @@ def scatter(exact, drawn: dict, n: int = 10_000) -> None:
     ends = [exact[order].min(), exact.max()]
     axis.loglog(ends, ends, color="black", marker="", linestyle="-", linewidth=1)
     axis.set(xlabel="probability by the model", ylabel=f"share of {n:,} draws")
-    axis.set(xlim=(2e-6, 0.2), ylim=(0.3 / n, 0.2))
-    axis.legend()
+    axis.axhline(0.7 / n, color="0.6", linewidth=1, marker="", linestyle="-")
+    axis.text(2.4e-6, 0.4 / n, "never drawn", va="center", fontsize=10)
+    axis.set(xlim=(2e-6, 0.2), ylim=(0.27 / n, 0.2))
+    axis.legend(loc="upper left")
 
 
 def tree(levels: list, word) -> None:
     """What a beam search kept at each step, and where it came from."""
     _, axis = plt.subplots(figsize=(7, 1.2 + 0.75 * len(levels[0])))
     winner = levels[-1][0][1]
-    axis.text(0, 0, "prompt", ha="center", va="center", fontsize=10)
+    axis.text(0, 0, "prompt", ha="center", va="center")
     for step, beams in enumerate(levels, start=1):
         parents = [tuple(made) for _, made in levels[step - 2]] if step > 1 else [()]
         for rank, (total, made) in enumerate(beams):
             parent = parents.index(tuple(made[:-1]))
             best = made == winner[:step]
-            label = shown(word(made[-1])).strip() or "␣"
             axis.plot(
                 [step - 0.7, step - 0.3],
                 [-parent, -rank],
@@ -117,8 +127,8 @@ def tree(levels: list, word) -> None:
                 marker="",
             )
             axis.text(
-                step, -rank, f"{label}\n{total:.1f}", ha="center", va="center",
-                fontsize=10, weight="bold" if best else "normal",
+                step, -rank, f"{label(word(made[-1]))}\n{total:.1f}", ha="center",
+                va="center", fontsize=11, weight="bold" if best else "normal",
             )  # fmt: skip
     axis.set_xlim(-0.5, len(levels) + 0.5)
     axis.set_ylim(-len(levels[0]) + 0.4, 0.6)
@@ -142,7 +152,7 @@ def rounds(costs: dict, period: int) -> None:
     axis.legend()
 
 
-def verse(texts: dict, word, *, width: int = 62) -> None:
+def verse(texts: dict, word, *, width: int = 48) -> None:
     """Texts with each token on a shade of its surprise."""
     rows = []
     for name, (tokens, surprise) in texts.items():
@@ -167,7 +177,7 @@ def verse(texts: dict, word, *, width: int = 62) -> None:
             axis.barh(-y, len(text), left=x, height=0.86, color=colours(norm(nats)))
             for i, letter in enumerate(text):
                 axis.text(
-                    x + i + 0.5, -y, letter, ha="center", va="center", fontsize=9,
+                    x + i + 0.5, -y, letter, ha="center", va="center", fontsize=11,
                     family="monospace", color="white" if nats < 6 else "black",
                 )  # fmt: skip
             x += len(text)
@@ -185,8 +195,11 @@ def curve(points: dict, others: dict) -> None:
     _, axis = plt.subplots(figsize=(7, 4.2))
     x, y = np.array(list(points.values())).T
     axis.plot(x, y, color="black", label="samples by temperature")
-    for name, (a, b) in points.items():
-        axis.annotate(name, (a, b), xytext=(6, 5), textcoords="offset points", fontsize=9)
+    for i, (name, (a, b)) in enumerate(points.items()):
+        # Where the curve bends upwards there is room below it.
+        sags = 0 < i < len(y) - 1 and b < (y[i - 1] + y[i + 1]) / 2
+        place = dict(xytext=(-6, -14), ha="right") if sags else dict(xytext=(6, 5))
+        axis.annotate(name, (a, b), **place, textcoords="offset points", fontsize=10)
     for (name, (a, b)), marker in zip(others.items(), "s^Dv"):
         axis.plot(a, b, marker=marker, linestyle="", markersize=9, label=name)
     axis.set(

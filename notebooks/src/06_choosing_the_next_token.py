@@ -1,6 +1,6 @@
 # ---
 # jupyter:
-#   budget: 120
+#   budget: 95
 #   cover: 7
 # ---
 
@@ -15,10 +15,10 @@
 #   misses; and show by measurement why it ends in a loop.
 # - **Before this**: [05](05_what_the_compiler_sees.ipynb), which explains `jit`.
 # - **Time**: {{time}}.
-# - **The code lives in** `mistral_eqx/sampling.py`, `decoding.py`, `beams.py`,
-#   `generation.py` and `scoring.py`, and in `generate` of `one_file_ref.py`.
-# - **Model and data**: the embedded model, which has read Shakespeare and the Bible, and
-#   Shakespeare that it has never seen.
+# - **The code lives in** `sampling.py`, `decoding.py`, `generation.py` and `beams.py` of
+#   `mistral_eqx/`, and in `generate` of `one_file_ref.py`.
+# - **Model and data**: the embedded model, in float32, which has read Shakespeare and the
+#   Bible, and Shakespeare that it has never seen.
 # - **Torch**: live if installed, else its recorded answers.
 # - **Predict first**: how many tokens does top-p 0.9 keep? A search is stuck in "I pray
 #   thee, I pray thee,": how probable is one more round?
@@ -30,7 +30,6 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 
 import mistral_eqx as mx
@@ -40,7 +39,6 @@ import one_file_ref
 from exercises import ex06
 
 
-plt.rcParams["figure.dpi"] = 84  # eight figures in one small file
 key = jax.random.key(0)
 nb.versions()
 
@@ -51,16 +49,20 @@ V = package.config.vocab_size
 
 
 # %% [markdown]
-# Three helpers for all that follows. `next_logits` runs the model on a text. `kept_by`
-# counts the tokens that a sampler may draw. `word` spells a token as it stands inside a
-# text, with its leading blank. (The tokenizer drops that blank at the start of a text, so
-# `word` decodes the token after a letter and removes the letter.)
+# Three helpers for all that follows. `next_logits` runs the model on a text. `jax.jit`
+# compiles a function once for each *shape* of its arguments, so every text is padded to 64
+# tokens: then one program serves for all. The pads come last, where no token of the text
+# sees them. `kept_by` counts the tokens that a sampler may draw. `word` spells a token as
+# it stands inside a text, with its leading blank. (The tokenizer drops that blank at the
+# start of a text, so `word` decodes the token after a letter and removes the letter.)
 
 
 # %%
-def next_logits(text):  # of the token that follows: [V]
-    _, logits = mx.prefill(package, [tokenizer.encode(text)])
-    return logits[0]
+read = jax.jit(lambda model, padded, n: model(padded)[0][n - 1])
+
+
+def next_logits(tokens):  # of the token that follows: [V]
+    return read(package, jnp.asarray(tokens + [0] * (64 - len(tokens))), len(tokens))
 
 
 def kept_by(logits, **options):
@@ -81,23 +83,23 @@ word = lambda token: tokenizer.decode([letter, int(token)])[1:]
 
 # %%
 famous, free = "O Romeo, Romeo, wherefore art", "The king is"
-logits = {text: next_logits(text) for text in (famous, free)}
+logits = {text: next_logits(tokenizer.encode(text)) for text in (famous, free)}
 chances = {text: jax.nn.softmax(x) for text, x in logits.items()}  # each [V]
 
 # %%
 nb06.bars(chances, word)
 nb.caption(
     "after the famous line the model is sure of one token. After the other, the best "
-    "token has about a twentieth of the probability, and ten others have at least a fifth "
-    "of what it has. The same rule must serve both."
+    "token has about a twentieth of the probability, and eight others have at least a "
+    "quarter of what it has. The same rule must serve both."
 )
 
 # %%
 best = [float(chances[text].max()) for text in (famous, free)]
 nb.check("probability of the best token, famous line", best[0], gt=0.8)
-nb.check("probability of the best token, free line", best[1], lt=0.1)
-fifth = int((chances[free] > best[1] / 5).sum()) - 1
-nb.check("others with a fifth of the best one's probability, free", fifth, gt=9)
+nb.check("probability of the best token, free line", best[1], near=0.05, rtol=0.3)
+quarter = int((chances[free] > best[1] / 4).sum()) - 1
+nb.check("others with a quarter of the best one's probability, free", quarter, gt=7)
 
 # %% [markdown]
 # **Top-p** keeps the smallest set of tokens whose probabilities sum to `p`, and drops the
@@ -118,16 +120,16 @@ my_kept = None  # "up to 10", "up to 50" or "more than 200"
 counts = {t: kept_by(x, temperature=1.0, top_p=0.9) for t, x in logits.items()}
 size = nb06.band(counts[free], {10: "up to 10", 50: "up to 50"}, "more than 200")
 why = {
-    "up to 10": "the bars above hold less than half of the probability together.",
+    "up to 10": "the ten bars above hold less than half of the probability together.",
     "up to 50": "the tail is long: each rare token is small, and there are many.",
 }
 nb.guess("Tokens that top-p 0.9 keeps after “The king is”", my_kept, size, why=why)
 
 # %%
+ten = float(jnp.sort(chances[free])[-10:].sum())
+nb.check("probability of the ten bars together, free line", ten, lt=0.45)
 nb.check("tokens that top-p 0.9 keeps, famous line", counts[famous], eq=1)
 nb.check("tokens that top-p 0.9 keeps, free line", counts[free], gt=200)
-
-# %%
 nb.say(
     f"**Takeaway.** The same top-p of 0.9 keeps {counts[famous]} token after one line and "
     f"{counts[free]} after another: it follows the model's certainty."
@@ -142,7 +144,8 @@ nb.say(
 # %%
 four = jnp.array([2.0, 1.0, 0.0, -1.0])  # the logits of four words
 heats = jnp.array([0.25, 1.0, 4.0, 100.0])
-print(np.round(jax.nn.softmax(four / heats[:, None]), 3))  # [4 temperatures, 4 words]
+softened = np.asarray(jax.nn.softmax(four / heats[:, None]), np.float64)
+print(np.round(softened, 3))  # [4 temperatures, 4 words]
 
 # %% [markdown]
 # Row by row: almost greedy, unchanged, flat, almost a die. The order of the words never
@@ -218,19 +221,24 @@ settings = [
 
 # %%
 text = jnp.asarray(nb.held_out(256))
-places = jax.jit(lambda model, text: model(text)[0])(package, text)[7::8]  # [32, V]
-rows = []
+places = np.asarray(jax.jit(lambda model, text: model(text)[0])(package, text)[7::8])
+rows = []  # of the 32 places, [32, V] each
 for options in settings:
     ours = np.asarray(jax.nn.softmax(jax.vmap(mx.Sampling(**options).scores)(places)))
     naive = np.stack([naive_probabilities(row, **options) for row in places])
-    kept, differ = (ours > 0).sum(axis=1), ((ours > 0) != (naive > 0)).any(axis=1)
-    gap = float(np.abs(ours - naive).max())
-    rows.append([nb06.spelled(options), f"{min(kept)} to {max(kept)}", differ.sum(), gap])
+    kept, same = (ours > 0).sum(axis=1), ((ours > 0) == (naive > 0)).all(axis=1)
+    gap = float(np.abs(ours - naive)[same].max())
+    rows.append([nb06.spelled(options), f"{min(kept)} to {max(kept)}", sum(~same), gap])
 nb.table(["options", "tokens kept", "places with another set", "max abs Δ p"], rows)
 
+# %% [markdown]
+# Floats are rounded, so a sum that all but equals `p` may fall on either side: a place or
+# two of 160 may differ by one token. Where the sets are the same, so must the
+# probabilities be.
+
 # %%
-differing = sum(row[2] for row in rows)
-nb.check("places of 160 where the kept sets differ", differing, eq=0)
+differing = int(sum(row[2] for row in rows))
+nb.check("places of 160 where the kept sets differ", differing, lt=4)
 nb.check("max|Δ p|, package and NumPy", max(row[3] for row in rows), lt=1e-5)
 crossing = kept_by(four, temperature=1.0, top_p=0.8)
 nb.check("words that top-p 0.8 keeps of the four", crossing, eq=2)
@@ -247,18 +255,20 @@ kept = {
 }
 nb06.ranked(chances, kept)
 nb.caption(
-    "the black line, probability by rank, falls steeply after the famous line and slowly "
-    "after the free one. Top-k cuts at the same rank in both. Top-p and min-p cut at rank "
-    "1 above and far to the right below, and there top-p keeps several times more."
+    "the black line, probability by rank, falls steeply at first after the famous line "
+    "and slowly after the free one. Top-k cuts at the same rank in both. Top-p and min-p "
+    "cut at rank 1 above and far to the right below, and there top-p keeps several times "
+    "more."
 )
 
 # %%
 ratio = kept[free]["top-p 0.9"] / kept[free]["min-p 0.1"]
+falls = [float(p.max() / jnp.sort(p)[-10]) for p in chances.values()]
+nb.check("fall from rank 1 to 10, famous line", falls[0], gt=100)
+nb.check("fall from rank 1 to 10, free line", falls[1], lt=10)
 nb.check("top-k 50 keeps", [kept[famous]["top-k 50"], kept[free]["top-k 50"]], eq=[50, 50])
-nb.check("min-p 0.1 keeps, famous line", kept[famous]["min-p 0.1"], lt=3)
-nb.check("top-p 0.9 keeps, over min-p 0.1, free line", ratio, gt=2)
-
-# %%
+nb.check("min-p 0.1 keeps, famous line", kept[famous]["min-p 0.1"], eq=1)
+nb.check("top-p 0.9 keeps, over min-p 0.1, free line", ratio, gt=3)
 nb.say(
     f"**Takeaway.** Three lines of NumPy and the package keep the same tokens at "
     f"{160 - differing} of 160 places. Top-k counts tokens, top-p sums probability, min-p "
@@ -269,7 +279,7 @@ nb.say(
 # ## First heat, then filter
 #
 # The order matters. The package divides by the temperature *first*, as Hugging Face's
-# transformers does, and the rules see the heated distribution.
+# transformers does, and the three rules see the heated distribution.
 #
 # **Predict.** Top-p stays as it is, and the temperature goes from 1 to 4. How many tokens
 # does top-p keep then, after "The king is": as many, about twice as many, or more than
@@ -284,7 +294,7 @@ my_growth = None  # "as many", "twice as many" or "more than three times"
 
 # %%
 top_p = nb.knob(0.9, of=(0.5, 0.9, 0.95))
-vector = next_logits("The king is")  # [V]
+vector = next_logits(tokenizer.encode("The king is"))  # [V]
 rules = {"top-k 50": dict(top_k=50), f"top-p {top_p}": dict(top_p=top_p)}
 rules["min-p 0.1"] = dict(min_p=0.1)
 
@@ -311,9 +321,9 @@ nb.guess("Top-p at temperature 4, over temperature 1", my_growth, size, why=why)
 # %%
 nb06.heat(curves, V)
 nb.caption(
-    "top-k keeps its number at every temperature. Top-p keeps one or two tokens when it is "
-    "cold and ends at its share of the whole vocabulary. Min-p starts as low, and in the "
-    "end keeps everything."
+    "top-k keeps its number at every temperature. Top-p keeps a few tokens when it is cold "
+    "and ends at its share of the whole vocabulary. Min-p starts as low, and in the end "
+    "keeps everything."
 )
 
 # %%
@@ -326,8 +336,9 @@ nb.check("growth of top-p from temperature 1 to 4", growth, gt=3)
 
 # %% [markdown]
 # A program that filters first and heats afterwards keeps the number that stands at
-# temperature 1 in this figure, whatever the temperature is. Both orders are in use, so
-# the same options mean different things in different programs.
+# temperature 1 in this figure, whatever the temperature is. llama.cpp does it that way,
+# unless it is told otherwise. So the same options mean different things in different
+# programs.
 
 # %%
 nb.say(
@@ -339,28 +350,38 @@ nb.say(
 # ## The draw
 #
 # Now a token is drawn. JAX has no hidden random state. A **key** is an array that stands
-# for the state, and the same key gives the same numbers, always.
-# `jax.random.categorical(key, logits)` draws an index. It takes *logits*, and nothing
-# stops you from giving it probabilities.
+# for the state, and the same key gives the same numbers, always. `jax.random.split` makes
+# many keys of one, and each of them gives other numbers:
 #
-# **Predict.** An earlier JAX port of Mistral gave it probabilities. "thou" has more than
-# 0.9 after the famous line. How often is "thou" drawn if `categorical` is given
-# probabilities: 9 times in 10, every second time, or hardly ever?
+# ```python
+# key = jax.random.key(0)
+# a, b = jax.random.split(key)
+# jax.random.categorical(a, jnp.array([2.0, 1.0, 0.0]))  # an index: 0, 1 or 2
+# ```
+#
+# `categorical` takes *logits*, and nothing stops you from giving it probabilities.
+#
+# **Predict.** An earlier JAX port of Mistral did just that. "thou" has more than 0.9 after
+# the famous line. How often is "thou" drawn if `categorical` is given probabilities: 9
+# times in 10, every second time, or hardly ever?
 
 # %%
 my_share = None  # "9 in 10", "every second" or "hardly ever"
 
+# %% [markdown]
+# A `Sampling` can be called: it filters, and then it calls `categorical`. At temperature 1
+# without a filter it is `categorical` alone. We draw with 4,000 keys.
 
 # %%
-@eqx.filter_jit
-def many_draws(draw, n):  # n draws, of 2,000 keys at a time
-    numbered = lambda i: draw(jax.random.fold_in(key, i))
-    return jax.lax.map(numbered, jnp.arange(n), batch_size=2000)
+keys = jax.random.split(key, 4_000)
+many_draws = jax.jit(
+    lambda sampling, row: jax.vmap(lambda key: sampling(row, key=key))(keys)
+)
+plain = mx.Sampling(temperature=1.0)
 
-
-p = jax.nn.softmax(next_logits("O Romeo, Romeo, wherefore art"))  # [V]
-drawn = many_draws(lambda key: jax.random.categorical(key, p), 2_000)
-share = float((drawn == p.argmax()).mean())
+# %%
+p = jax.nn.softmax(next_logits(tokenizer.encode("O Romeo, Romeo, wherefore art")))  # [V]
+share = float((many_draws(plain, p) == p.argmax()).mean())
 
 # %%
 often = nb06.band(share, {0.05: "hardly ever", 0.7: "every second"}, "9 in 10")
@@ -379,39 +400,38 @@ nb.check("share of “thou” if probabilities are given", share, lt=0.01)
 
 # %%
 mild = mx.Sampling(temperature=0.8, top_p=0.9)
-vector = next_logits("The king is")  # [V]
-by_hand = lambda key: jnp.argmax(mild.scores(vector) + jax.random.gumbel(key, (V,)))
-keys = jax.random.split(key, 200)
-same = jax.vmap(by_hand)(keys) == jax.vmap(lambda key: mild(vector, key=key))(keys)
-nb.check("draws of 200 that the noise explains", int(same.sum()), eq=200)
+vector = next_logits(tokenizer.encode("The king is"))  # [V]
+noise = jax.vmap(lambda key: jax.random.gumbel(key, (V,)))(keys)  # [4000, V]
+by_hand = jnp.argmax(mild.scores(vector) + noise, axis=1)
+explained = int((by_hand == many_draws(mild, vector)).sum())
+nb.check("draws of 4,000 that the noise explains", explained, gt=3990)
 
 # %% [markdown]
-# Are 4,000 draws of the package distributed as they should be? The measure is the
-# **total variation**: half the summed absolute difference between two distributions, 0
-# for equal ones and 1 for disjoint ones. Even perfect draws miss by chance, and by how
-# much is known: a token of probability `p` by about `√(p (1 − p) / n)` in `n` draws.
+# Are draws of the package distributed as they should be? The measure is the **total
+# variation**: half the summed absolute difference between two distributions, 0 for equal
+# ones and 1 for disjoint ones. Even perfect draws miss by chance, and by how much is known:
+# a token of probability `p` by about `√(p (1 − p) / n)` in `n` draws. The last row below is
+# the mistake again.
 
 
 # %%
-def compared(drawn, p):  # total variation; by chance alone; dropped tokens drawn
-    share = np.bincount(np.asarray(drawn), minlength=V) / len(drawn)
-    chance = np.sqrt(2 / np.pi) * np.sqrt(p * (1 - p) / len(drawn)).sum() / 2
+def compared(share, p):  # total variation; by chance alone; dropped tokens drawn
+    chance = np.sqrt(2 / np.pi) * np.sqrt(p * (1 - p) / len(keys)).sum() / 2
     return [np.abs(share - p).sum() / 2, chance, int((share[p == 0] > 0).sum())]
 
 
-n_draws, rows = 4_000, []
+def shares(sampling, row):  # of each token in the draws: [V]
+    return np.bincount(np.asarray(many_draws(sampling, row)), minlength=V) / len(keys)
+
+
+# %%
+rows = []
 for options in (dict(temperature=1.5, top_p=0.8), dict(temperature=1.0)):
     sampling = mx.Sampling(**options)
     p = np.asarray(jax.nn.softmax(sampling.scores(vector)), np.float64)  # [V]
-    drawn = many_draws(lambda key: sampling(vector, key=key), n_draws)
-    rows.append([nb06.spelled(options), *compared(drawn, p)])
-
-# %% [markdown]
-# The second, plain temperature 1, is drawn once more with the mistake.
-
-# %%
-mistaken = lambda key: jax.random.categorical(key, jax.nn.softmax(vector))
-bad = many_draws(mistaken, n_draws)
+    good = shares(sampling, vector)
+    rows.append([nb06.spelled(options), *compared(good, p)])
+bad = shares(plain, jax.nn.softmax(vector))
 rows.append(["*probabilities given*", *compared(bad, p)])
 nb.table(["options", "total variation", "by chance alone", "dropped tokens drawn"], rows)
 
@@ -426,9 +446,7 @@ nb.check("total variation, probabilities given", rows[2][1], gt=0.5)
 # draws that it got:
 
 # %%
-shares = lambda drawn: np.bincount(np.asarray(drawn), minlength=V) / len(drawn)
-drawings = {"logits given": shares(drawn), "probabilities given": shares(bad)}
-nb06.scatter(p, drawings, n_draws)
+nb06.scatter(p, {"logits given": good, "probabilities given": bad}, len(keys))
 nb.caption(
     "each mark is a token after “The king is”; the lowest marks were never drawn. With "
     "logits they follow the diagonal. With probabilities they lie flat: every token of the "
@@ -437,11 +455,10 @@ nb.caption(
 
 # %%
 common = p > 0.003
-along = np.corrcoef(p[common], shares(drawn)[common])[0, 1]
-nb.check("correlation of p and draws, logits", along, gt=0.8)
-nb.check("most drawn over the mean, probabilities", shares(bad).max() * V, lt=5)
-
-# %%
+along = [np.corrcoef(p[common], found[common])[0, 1] for found in (good, bad)]
+nb.check("correlation of p and draws, logits", along[0], gt=0.8)
+nb.check("correlation of p and draws, probabilities", along[1], lt=0.5)
+nb.check("most drawn over the mean, probabilities", bad.max() * V, lt=8)
 nb.say(
     f"**Takeaway.** Right draws miss the distribution by {rows[1][1]:.2f}, by chance; one "
     f"wrong argument makes it {rows[2][1]:.2f}, and no error is raised."
@@ -465,19 +482,13 @@ nb.say(
 # prompt gets the same text alone as in any batch.
 
 # %%
-prompt, n_made = tokenizer.encode("My lord, I"), 32
-mild = mx.Sampling(temperature=0.8, top_p=0.9)
-
-# %%
-# One program for all lengths: pads come after the text, where no token of it looks.
-read = jax.jit(lambda model, padded, n: model(padded)[0][n - 1])
+prompt, n_made = tokenizer.encode("My lord, I"), 48
 
 
 def naive_text(prompt, n_made, key, fold=jax.random.fold_in):
     text, row_key = list(prompt), jax.random.fold_in(key, 0)  # copy 0
     while len(text) < len(prompt) + n_made:
-        row = read(package, jnp.asarray(text + [0] * (48 - len(text))), len(text))
-        text.append(int(mild(row, key=fold(row_key, len(text)))))
+        text.append(int(mild(next_logits(text), key=fold(row_key, len(text)))))
     return text[len(prompt) :]
 
 
@@ -493,14 +504,10 @@ def naive_text(prompt, n_made, key, fold=jax.random.fold_in):
 step = jax.jit(mx.decode_step, donate_argnums=1)
 
 
-def begin(prompt, n_made, sampling):
-    cache, row = mx.prefill(package, [prompt], max_tokens=n_made)
-    options = dict(max_tokens=n_made, prompts=[prompt], sampling=sampling, key=key)
-    return mx.DecodeState.start(package, cache, row, **options)
-
-
 def write_text(prompt, n_made, sampling, change=lambda state: state):
-    state, made = begin(prompt, n_made, sampling), []
+    cache, row = mx.prefill(package, [prompt], max_tokens=48)  # room: the same always
+    options = dict(max_tokens=n_made, prompts=[prompt], sampling=sampling, key=key)
+    state, made = mx.DecodeState.start(package, cache, row, **options), []
     while not state.ended.all():
         state, choice = step(package, change(state))
         made.append(int(choice.tokens[0]))
@@ -508,24 +515,24 @@ def write_text(prompt, n_made, sampling, change=lambda state: state):
 
 
 # %% [markdown]
-# Two shorter ways lead to the same text. `mx.decode` runs up to 64 steps as one compiled
-# program, and `mx.generation.generate` is a loop over that. All four must agree, token by
-# token.
+# A shorter way leads to the same text: `mx.generation.generate`, where up to 64 steps are
+# one compiled program. We give it a batch of nine: our prompt, and eight passages of
+# unseen Shakespeare. All three ways must agree, token by token.
 
 # %%
-_, block = mx.decode(package, begin(prompt, n_made, mild), jnp.int32(n_made))
+unseen = nb.held_out(4000)
+passages = [unseen[i : i + 32] for i in range(0, 2400, 300)]
 options = dict(max_tokens=n_made, sampling=mild, key=key)
-(whole,) = mx.generation.generate(package, [prompt], **options)
+whole, *_ = mx.generation.generate(package, [prompt, *passages], **options)
 ways = {
     "the plain loop": naive_text(prompt, n_made, key),
     "our loop": write_text(prompt, n_made, mild),
-    "decode": block.tokens[0, :n_made].tolist(),
 }
 
 # %%
 for name, made in ways.items():
     agree = sum(a == b for a, b in zip(made, whole.tokens, strict=True))
-    nb.check(f"tokens of {n_made} as generate's, {name}", agree, eq=n_made)
+    nb.check(f"tokens of {n_made} as generate's in a batch, {name}", agree, eq=n_made)
 print("My lord, I", tokenizer.decode(whole.tokens))
 
 # %% [markdown]
@@ -548,16 +555,17 @@ nb.guess("The text with one key for every step", my_text, look, why=why)
 
 # %%
 print("My lord, I", tokenizer.decode(same_key))
-nb.check("distinct tokens, one key over many", distinct, lt=1)
+nb.check("distinct tokens, one key over many", distinct, lt=0.85)
 
 # %% [markdown]
 # The noise is a bonus for each token. With one key every token gets the same bonus at
 # every step, so a few favoured tokens win again and again. The text looks as if the model
 # were bad, but only the key is.
 #
-# A loop of your own can do what no option does. Here is a text without the letter e, in two
-# lines: before each step, every token with an e gets the logit `-inf`. Modules cannot be
-# changed in place, so `eqx.tree_at` returns a copy with one part replaced:
+# A loop of your own can do what no option does. Here is a text without the letter e, in
+# two lines: before each step, every token with an e gets the logit `-inf`. The state is an
+# Equinox **module**, an object that holds arrays and cannot be changed. So `eqx.tree_at`
+# returns a copy with one part replaced:
 #
 # ```python
 # eqx.tree_at(lambda state: state.logits, state, new_logits)
@@ -574,16 +582,14 @@ def without_e(state):
 
 # %%
 warm = mx.Sampling(temperature=0.7, top_p=0.9)
-lipogram = tokenizer.decode(write_text(tokenizer.encode("To sing of"), 60, warm, without_e))
+lipogram = tokenizer.decode(write_text(tokenizer.encode("To sing of"), 48, warm, without_e))
 print("To sing of", lipogram)
 nb.check("letters e in it", lipogram.lower().count("e"), eq=0)
 nb.check("letters in it", len(lipogram), gt=60)
-
-# %%
 nb.say(
-    f"**Takeaway.** Four ways make the same {n_made} tokens, because a draw "
-    f"depends on the key and the position alone. {int(has_e.sum())} tokens were "
-    "forbidden in two lines."
+    f"**Takeaway.** Three ways make the same {n_made} tokens, because a draw depends on "
+    f"the key and the position alone. {int(has_e.sum())} tokens were forbidden in two "
+    "lines."
 )
 
 # %% [markdown]
@@ -599,18 +605,18 @@ n_beams = nb.knob(3, of=(2, 3, 4))
 
 
 def after(prompt, texts):  # log-probabilities of what follows each: [len(texts), V]
-    cache, _ = mx.prefill(package, [prompt[:-1]], max_tokens=8)
+    cache, _ = mx.prefill(package, [prompt[:-1]], max_tokens=32, chunk=1)
     rows = [prompt[-1:] + text for text in texts]
     rows += rows[:1] * (64 - len(rows))  # always 64, so that one program serves
-    _, logits = mx.prefill(package, rows, cache=cache)
+    _, logits = mx.prefill(package, rows, cache=cache, chunk=1)
     return np.asarray(jax.nn.log_softmax(logits))[: len(texts)]
 
 
 # %% [markdown]
 # `after` reads up to 64 texts of one length side by side. All of them begin with the
-# prompt, so it is read once, into a cache of one row that they all follow. On top of
-# that, a beam search is two lines: make every text longer by each of its best tokens, and
-# keep the best texts.
+# prompt, so it is read once, into a cache of one row that they all follow. (`chunk=1` reads
+# a token at a time: one program for texts of any length.) On top of that, a beam search is
+# two lines: make every text longer by each of its best tokens, and keep the best texts.
 
 
 # %%
@@ -651,8 +657,7 @@ nb.check("log-probability won over greedy (nats)", totals[-1][0] - greedy[0], gt
 # A beam is less varied than its width suggests: here all its texts share their first token
 # after five steps. The package searches on the device, with a cache for each beam, and
 # finds the same texts. Its `score` is the sum divided by the number of tokens
-# (`length_penalty=1.0`, the default). `mx.scoring.score` reads a finished text and says how
-# probable each token was; the sum must be the beam's.
+# (`length_penalty=1.0`, the default).
 
 # %%
 options = dict(n_beams=n_beams, n_best=n_beams, max_tokens=5)
@@ -661,15 +666,26 @@ same = sum(beam.tokens == text for beam, (_, text) in zip(found, levels[-1], str
 nb.check("beams that are the naive ones", same, eq=n_beams)
 gaps = [abs(5 * beam.score - total) for beam, total in zip(found, totals[-1])]
 nb.check("max|Δ| of the summed log-probabilities", max(gaps), lt=1e-3)
-again = sum(mx.scoring.score(package, start + found[0].tokens).logprobs[-5:])
-nb.check("|Δ| of the best beam, read again", abs(again - 5 * found[0].score), lt=1e-3)
+
+# %% [markdown]
+# What does it cost? When one beam is dropped and another goes on twice, its cache has to
+# be there twice, so every step copies the caches of all beams. Greedy decoding copies
+# nothing. (`jax.tree.leaves` lists the arrays of a module: here keys and values, for each
+# layer.)
+
+# %%
+cache, _ = mx.prefill(package, [start], max_tokens=5)
+moved = n_beams * sum(array.nbytes for array in jax.tree.leaves(cache.layers))
+config, slots = package.config, cache.slots[0]
+numbers = 2 * config.n_layers * slots * config.n_kv_heads * config.head_dim
+nb.check("bytes that a step copies for its beams", moved, eq=4 * n_beams * numbers)
 
 # %% [markdown]
 # Does a beam search find the most probable text? An exact search tells. Log-probabilities
 # are negative, so a sum only falls as a text grows. A beginning whose sum is below that of
 # the beam's finished text can therefore never win, and we drop it. We follow all other
 # beginnings, which are few enough. The best text at the end is the best of all `V⁵`, with
-# certainty. (Stahlberg and Byrne searched translations in this way.)
+# certainty. (Stahlberg and Byrne searched translations with such a bound.)
 
 
 # %%
@@ -727,20 +743,18 @@ nb.guess("Prompts where 16 beams find the best text", my_found, right, why=why)
 # The last column tells why. It follows the winner from its first token on, and gives the
 # worst place that its beginning ever had among all beginnings of the same length. 16
 # beams drop a beginning at place 17 or worse, and never take it up again. Here most
-# winners spell one word in several tokens, and the word's first tokens are improbable.
+# winners spell a single word in five tokens, and its first tokens are improbable.
 
 # %%
 nb.check("prompts of four where 16 beams find the best text", right, lt=2)
 wins = [row[0] - by_16[0] for row, by_16 in zip(exact, by_beams[16])]
 nb.check("least that the exact search wins (nats)", min(wins), gt=-1e-3)
+single = sum(len(tokenizer.decode(tokens).split()) == 1 for _, tokens, _ in exact)
+nb.check("winners of four that are a single word", single, gt=2)
 
 # %%
 lost = sum(place > 16 for place in worst)
-nb.check(
-    "winners that were out of 16 places at some step, and those not found",
-    lost,
-    eq=4 - right,
-)
+nb.check("winners once out of 16 places, and those found", lost + right, eq=4)
 n_read = sum(1 + sum(map(len, lengths[:-1])) for *_, lengths in exact)
 nb.say(
     f"**Takeaway.** 16 beams find the most probable five tokens for {right} of four "
@@ -752,16 +766,13 @@ nb.say(
 # ## Why beams repeat
 #
 # Longer searches show another fault. We let four beams write 48 tokens: after
-# "I pray thee,", and after eight passages of unseen Shakespeare of 32 tokens each,
-# which the last section will need. One call searches for all nine.
+# "I pray thee,", and after the eight passages of Shakespeare, which the last section will
+# need.
 
 # %%
 opening = "I pray thee,"
-unseen = nb.held_out(4000)
-prompts = [unseen[i : i + 32] for i in range(0, 2400, 300)]
-found = mx.beams.beam_search(
-    package, [tokenizer.encode(opening), *prompts], n_beams=4, max_tokens=48
-)
+beginnings = [tokenizer.encode(opening), *passages]
+found = mx.beams.beam_search(package, beginnings, n_beams=4, max_tokens=48)
 stuck = found[0][0].tokens
 print(opening, tokenizer.decode(stuck))
 
@@ -776,7 +787,7 @@ nb.check(f"tokens of the loop after “{opening}”", period(stuck), gt=0)
 
 # %% [markdown]
 # **Predict.** The search kept this loop against its rivals at every step.
-# The text is now "I pray thee," nine times. How probable does the *model* find one more
+# The text is now "I pray thee," eight times. How probable does the *model* find one more
 # round: 90 %, 50 %, or less than 10 %?
 
 # %%
@@ -784,7 +795,7 @@ my_round = None  # "90 %", "50 %" or "less than 10 %"
 
 # %%
 loop = stuck[-period(stuck) :]
-looping = tokenizer.encode(opening) + loop * 8
+looping = tokenizer.encode(opening) + loop * 7
 one_more = float(np.exp(-nb06.costs(package, [looping + loop])[0, -len(loop) :].sum()))
 
 # %%
@@ -804,17 +815,17 @@ nb.guess("The probability of one more round", my_round, size, why=why)
 drawn = []
 for batch in range(2):
     texts = [[]] * 64
-    for step_key in jax.random.split(jax.random.fold_in(key, batch), len(loop)):
-        tokens = jax.random.categorical(step_key, after(looping, texts))  # [64]
-        texts = [[*text, int(token)] for text, token in zip(texts, tokens)]
+    for i in range(len(loop)):
+        step_key = jax.random.fold_in(key, len(loop) * batch + i)
+        tokens = jax.random.categorical(step_key, after(looping, texts)).tolist()  # 64
+        texts = [[*text, token] for text, token in zip(texts, tokens)]
     drawn += texts
 print(*[tokenizer.decode(text).replace("\n", "↵") for text in drawn[:9]], sep=" | ")
 
 # %%
 stay = float(np.mean([text == loop for text in drawn]))
-nb.check("probability of one more round", one_more, lt=0.2)
-nb.check("share of 128 draws that go one more round", stay, lt=0.2)
-nb.check("|Δ| of the two", abs(stay - one_more), lt=0.05)
+nb.check("probability of one more round", one_more, lt=0.1)
+nb.check("share of 128 draws that go one more round", stay, lt=0.1)
 
 # %% [markdown]
 # So a draw nearly always leaves the loop at once, but the beam search stays in it. Is the
@@ -837,30 +848,28 @@ nb.say(
 # But why does the maximum lie in a *loop*? There are two explanations. The model may have
 # learnt to **copy**: a phrase that came twice becomes more probable. Or it **forgets**:
 # once the window holds nothing but the loop, the model sees the same input after each
-# round, and so it makes the same choice again. We can separate the two. Put 100 tokens of
-# unseen Shakespeare before the loop, at 8 places, and read what each round costs. Then do
-# the same with a *shorter window*. A model with a shorter window sees fewer copies, and
-# it forgets sooner. If copying makes a round cheap, the short window should need more
-# rounds; if forgetting does, fewer. (Through its six layers even a window of 4 reaches 19
-# tokens back, as notebook 03 shows; a window of 64 reaches 379.)
+# round, and so it makes the same choice again.
+#
+# We can separate the two. Put 100 tokens of unseen Shakespeare before the loop, at 8
+# places, and read what each round costs. Then do the same with a *shorter window*. A model
+# with a shorter window sees fewer copies, and it forgets sooner. If copying makes a round
+# cheap, the short window should need more rounds; if forgetting does, fewer. (Through its
+# six layers even a window of 4 reaches 19 tokens back, as notebook 03 shows; a window of
+# 64 reaches 379.)
 
 
 # %%
 def cost_of_rounds(model, before, loop, n_rounds=20):  # nats a token: [n_rounds]
-    found = nb06.costs(model, [list(text) + loop * n_rounds for text in before])
-    return (
-        found[:, len(before[0]) - 1 :]
-        .reshape(len(before), n_rounds, len(loop))
-        .mean((0, 2))
-    )
+    found = nb06.costs(model, [text + loop * n_rounds for text in before])
+    found = found[:, len(before[0]) - 1 :]  # of the rounds alone
+    return found.reshape(len(before), n_rounds, len(loop)).mean((0, 2))
 
 
 before = [unseen[i : i + 100] for i in range(0, 1600, 200)]
 
 # %%
-windows = [4, 64]
-models = {w: nb06.with_window(package, w) for w in windows}
-by_window = {w: cost_of_rounds(models[w], before, loop) for w in windows}
+models = {window: nb06.with_window(package, window) for window in (4, 64)}
+by_window = {w: cost_of_rounds(model, before, loop) for w, model in models.items()}
 nb06.rounds({f"window {w}": cost for w, cost in by_window.items()}, len(loop))
 nb.caption(
     "with both windows the loop costs much at first and becomes cheap, sooner with the "
@@ -877,13 +886,11 @@ left = {w: (cost - floor[w]) / (cost[0] - floor[w]) for w, cost in by_window.ite
 until = {w: len(loop) * int(np.argmax(share < 0.1)) for w, share in left.items()}
 nb.table(
     ["window", "first round", "last rounds", "tokens until 90 % of the fall is done"],
-    [[w, by_window[w][0], floor[w], until[w]] for w in windows],
+    [[w, by_window[w][0], floor[w], until[w]] for w in models],
 )
 
 # %%
-rising = [*until.values()] == sorted(until.values())
-nb.check("tokens of a round, and the shortest window", len(loop), eq=windows[0])
-nb.check("tokens until cheap never fall with the window", rising, eq=True)
+nb.check("tokens of a round, and the shortest window", len(loop), eq=4)
 nb.check("tokens until cheap, window 64 over window 4", until[64] / until[4], gt=3)
 spread = max(floor.values()) - min(floor.values())
 nb.check("spread of the last rounds' costs (nats)", spread, lt=0.4)
@@ -892,8 +899,9 @@ nb.check("least fall from the first round to the last (nats)", least, gt=1.5)
 
 # %% [markdown]
 # So forgetting makes the loop cheap: the short window, which sees fewer copies, needs
-# fewer tokens. Here are both causes apart, in the unchanged model: few copies and many,
-# with and without Shakespeare before them.
+# fewer tokens. But the model was trained with a window of 64, and may not be itself with
+# 4. So here are both causes apart in the unchanged model: few copies and many, with and
+# without Shakespeare before them.
 
 # %%
 alone = len(loop) * cost_of_rounds(package, [tokenizer.encode("")], loop)
@@ -905,37 +913,20 @@ forgetting, copying = behind[3] - alone[3], alone[3] - alone[19]
 nb.check("nats by forgetting, over nats by 16 more copies", forgetting / copying, gt=2)
 
 # %% [markdown]
-# A control: repeat phrases that Shakespeare wrote, instead of one that the search chose.
-# Is the eighth copy of a phrase cheaper than the same phrase after seven others?
-
-# %%
-phrases = [unseen[i : i + 12] for i in range(100, 3300, 100)]
-repeated = [[1, *phrase * 8] for phrase in phrases[7:]]
-mixed = [[1, *sum(phrases[i - 7 : i + 1], [])] for i in range(7, len(phrases))]
-last = lambda rows: float(nb06.costs(package, rows)[:, -12:].mean())
-copied, fresh = last(repeated), last(mixed)
-
-# %%
-fall = by_window[64][0] - floor[64]
-nb.say(
-    f"The eighth copy costs {copied:.2f} nats a token, the same phrase after seven others "
-    f"{fresh:.2f}. The loop fell from {by_window[64][0]:.2f} to {floor[64]:.2f}."
-)
-nb.check("fall of the loop, over the gain by copying", fall / (fresh - copied), gt=2)
-
-# %% [markdown]
-# So copying helps only a little in this model. (In large models it helps much: Xu et al.
-# measure how each repetition makes the next more probable.) Forgetting alone is enough.
+# Copying helps here, but much less than forgetting. (In large models copying helps much: Xu
+# et al. measure how each repetition makes the next more probable.) Forgetting alone is
+# enough.
 # The extreme case shows it, a model that sees only the last token: it is a table `[V, V]`
 # of how probable each token is after each other. We make it by giving the model texts of
 # one token. The most probable text of a table can be found exactly, by a recursion over
-# the last token (the Viterbi algorithm).
+# the last token (the Viterbi algorithm). Only tokens with a letter may be used, or else
+# the best text is blank lines.
 
 # %%
 after_one = jax.vmap(lambda token: package(token[None])[0][0])  # its logits: [V]
 table = np.asarray(jax.nn.log_softmax(jax.jit(after_one)(jnp.arange(V)))).T  # [to, from]
 is_word = np.array([any(c.isalpha() for c in word(t)) for t in range(V)])  # [V]
-table = np.where(is_word[:, None], table, np.float32(-np.inf))  # no blanks
+table = np.where(is_word[:, None], table, np.float32(-np.inf))
 
 
 # %%
@@ -952,7 +943,7 @@ def most_probable(start, n_made):
 
 
 # %%
-paths = [most_probable(tokenizer.encode(start)[-1], 32) for start in (" king", " thou")]
+paths = [most_probable(tokenizer.encode(start)[-1], 16) for start in (" king", " thou")]
 for start, path in zip(("king", "thou"), paths):
     print(start, tokenizer.decode(path))
 loops = sum(period(path) > 0 for path in paths)
@@ -966,7 +957,7 @@ nb.check("best texts of a table, of 2, that end in a loop", loops, eq=2)
 # %%
 nb.say(
     "**Takeaway.** Beams repeat because the search wants the maximum and the model "
-    f"forgets. A loop goes on with probability {one_more:.0%} a round, and no rival has as "
+    f"forgets. A loop goes on with probability {one_more:.1%} a round, and no rival has as "
     f"much. It is cheap after {until[4]} tokens with a window of 4, after {until[64]} "
     "with 64."
 )
@@ -974,18 +965,17 @@ nb.say(
 # %% [markdown]
 # ## Quality against variety
 #
-# A sampler is a compromise. We continue the eight unseen passages by 48 tokens each, and
-# measure two things: how probable the model finds the text, and what share of its pairs
-# of neighbouring tokens are distinct. `row.logprobs` has the model's own
-# log-probabilities, whatever the temperature was. Shakespeare's own continuation is
-# measured in the same way.
+# A sampler is a compromise. We continue the eight passages by 48 tokens each, and measure
+# two things: how probable the model finds the text, and what share of its pairs of
+# neighbouring tokens are distinct. Shakespeare's own continuation is measured in the same
+# way.
 
 # %%
 truth = [unseen[i + 32 : i + 80] for i in range(0, 2400, 300)]
-whole = [prompt + text for prompt, text in zip(prompts, truth)]
-texts = {"Shakespeare": (truth, -nb06.costs(package, whole)[:, -48:])}  # [8, 48] nats
-of_rows = lambda rows: ([x.tokens for x in rows], np.array([x.logprobs for x in rows]))
-texts["4 beams"] = of_rows([row[0] for row in found[1:]])
+
+
+def reread(rows):  # log-probabilities of continuations of the passages: [8, 48]
+    return -nb06.costs(package, [a + b for a, b in zip(passages, rows)])[:, -48:]
 
 
 def point(name):  # mean log-probability of a token; share of distinct pairs
@@ -995,15 +985,24 @@ def point(name):  # mean log-probability of a token; share of distinct pairs
 
 
 # %% [markdown]
-# Greedy decoding, and four temperatures without a filter:
+# Then beams, greedy decoding, and four temperatures without a filter. Each row that
+# `generate` and `beam_search` return has `tokens` and their `logprobs`. These are the
+# model's own, whatever the temperature was; reading the texts again must give the same.
 
 # %%
+of_rows = lambda rows: ([x.tokens for x in rows], np.array([x.logprobs for x in rows]))
+texts = {"Shakespeare": (truth, reread(truth))}
+texts["4 beams"] = of_rows([row[0] for row in found[1:]])
 heats = {"greedy": 0.0, "T = 0.5": 0.5, "T = 0.8": 0.8, "T = 1.0": 1.0, "T = 1.2": 1.2}
 for name, t in heats.items():
     options = dict(max_tokens=48, key=key, sampling=mx.Sampling(temperature=t))
-    texts[name] = of_rows(mx.generation.generate(package, prompts, **options))
+    rows = mx.generation.generate(package, beginnings, **options)
+    texts[name] = of_rows(rows[1:])
 
 # %%
+for name in ("4 beams", "T = 0.5"):
+    gap = np.abs(reread(texts[name][0]) - texts[name][1]).max()
+    nb.check(f"max|Δ log-probability| when read again, {name}", gap, lt=1e-3)
 points = {name: point(name) for name in heats}
 others = {name: point(name) for name in ("4 beams", "Shakespeare")}
 nb06.curve(points, others)
@@ -1011,16 +1010,17 @@ nb.caption(
     "the hotter the samples, the less probable; the hottest are more varied than the "
     "greedy texts. Beams lie beyond the greedy end. "
     "Shakespeare is not on the curve: the model finds his text less probable than its own "
-    "at temperature 1, and his text repeats itself more."
+    "at temperature 1, and his text repeats more pairs."
 )
 
 # %%
 log_p, variety = (list(values) for values in zip(*points.values()))
 bard, warmest = others["Shakespeare"], points["T = 1.0"]
-nb.check("log-probability falls with temperature", log_p == sorted(log_p)[::-1], eq=True)
+nb.check("least loss of log-probability by more heat", -np.diff(log_p).max(), gt=0.1)
 nb.check("distinct pairs, hottest over greedy", variety[-1] / variety[0], gt=1.03)
-nb.check("4 beams over greedy (nats)", others["4 beams"][0] - log_p[0], gt=0.05)
-nb.check("T = 1 over Shakespeare (nats)", warmest[0] - bard[0], gt=0.05)
+nb.check("4 beams over greedy (nats)", others["4 beams"][0] - log_p[0], gt=0.1)
+nb.check("distinct pairs, 4 beams over greedy", others["4 beams"][1] / variety[0], lt=1)
+nb.check("T = 1 over Shakespeare (nats)", warmest[0] - bard[0], gt=0.2)
 nb.check("distinct pairs, T = 1 less Shakespeare", warmest[1] - bard[1], gt=0.005)
 
 # %% [markdown]
@@ -1030,7 +1030,7 @@ nb.check("distinct pairs, T = 1 less Shakespeare", warmest[1] - bard[1], gt=0.00
 shades = {
     n: (texts[n][0][3], -texts[n][1][3]) for n in ("Shakespeare", "T = 1.0", "4 beams")
 }
-print("…", tokenizer.decode(prompts[3])[-60:])
+print("…", tokenizer.decode(passages[3])[-60:])
 nb06.verse(shades, word)
 nb.caption(
     "light tokens surprised the model. In Shakespeare's text more than one token in ten "
@@ -1040,9 +1040,7 @@ nb.caption(
 # %%
 loud = {name: float((values > 5).mean()) for name, (_, values) in shades.items()}
 nb.check("share of tokens above 5 nats, Shakespeare", loud["Shakespeare"], gt=0.1)
-nb.check("share of tokens above 5 nats, 4 beams", loud["4 beams"], lt=0.01)
-
-# %%
+nb.check("share of tokens above 5 nats, 4 beams", loud["4 beams"], lt=0.05)
 nb.say(
     f"**Takeaway.** Shakespeare gets {bard[0]:.2f} nats a token, samples at temperature 1 "
     f"get {warmest[0]:.2f}, beams {others['4 beams'][0]:.2f}: good text is not the most "
@@ -1054,40 +1052,41 @@ nb.say(
 #
 # The reference's `generate` takes the `argmax` and has no sampler, so two comparisons are
 # made. Greedy: each program's own loop. Sampled: each program's own logits, the same
-# filter, and the same Gumbel noise from NumPy, added by hand as above. Torch filters with
-# its own `sort` and `cumsum`.
+# filter, and the same Gumbel noise from NumPy, added by hand as above. The package does
+# that in our loop, by a `change` before a greedy step.
 
 # %%
-prompt, n_made, heat, top_p = tokenizer.encode("My lord, I"), 24, 0.8, 0.9
+heat, top_p = 0.8, 0.9
 noise = np.random.default_rng(0).gumbel(size=(n_made, V)).astype(np.float32)
 one_file = one_file_ref.Transformer.from_folder(nb.MODEL, dtype=jnp.float32)
 sampling = mx.Sampling(temperature=heat, top_p=top_p)
 
 
 # %%
-def sample(forward, cache):  # forward: tokens, position, cache to logits, cache
+def by_package():
+    rows = iter(noise)
+
+    def add_noise(state):
+        row = sampling.scores(state.logits[0]) + next(rows)
+        return eqx.tree_at(lambda state: state.logits, state, row[None])
+
+    return write_text(prompt, n_made, mx.Sampling(), add_noise)
+
+
+def by_one_file():
     text, made = prompt, []
+    cache = one_file.empty_cache(1, len(prompt) + n_made)
     for g in noise:
-        row, cache = forward(text, len(prompt) + len(made) - len(text), cache)
-        made.append(int(jnp.argmax(sampling.scores(row) + g)))
+        end = len(prompt) + len(made)
+        positions = jnp.arange(end - len(text), end)
+        rows, cache = one_file(jnp.asarray([text]), positions, cache)
+        made.append(int(jnp.argmax(sampling.scores(rows[0, -1]) + g)))
         text = made[-1:]
     return made
 
 
-# %%
-def by_one_file(text, start, cache):
-    positions = jnp.arange(start, start + len(text))
-    rows, cache = one_file(jnp.asarray([text]), positions, cache)
-    return rows[0, -1], cache
-
-
-def by_package(text, start, cache):
-    cache, rows = mx.prefill(package, [text], cache=cache, max_tokens=n_made)
-    return rows[0], cache
-
-
 # %% [markdown]
-# Torch's loop is its own, from the logits to the draw:
+# Torch filters with its own `sort` and `cumsum`:
 
 
 # %%
@@ -1109,15 +1108,11 @@ def by_torch(twin):
 
 # %%
 torch_greedy, torch_sampled = oracle("tokens", by_torch).astype(int).tolist()
-(greedy,) = mx.generation.generate(package, [prompt], max_tokens=n_made, key=key)
 speller = one_file_ref.Tokenizer(str(nb.MODEL / "tokenizer.model"))
 (text,), _ = one_file_ref.generate(["My lord, I"], one_file, speller, n_made)
 programs = {
-    "package": (greedy.tokens, sample(by_package, None)),
-    "one file": (
-        speller.encode(text)[len(prompt) :],
-        sample(by_one_file, one_file.empty_cache(1, 64)),
-    ),
+    "package": (write_text(prompt, n_made, mx.Sampling()), by_package()),
+    "one file": (speller.encode(text)[len(prompt) :], by_one_file()),
     "torch": (torch_greedy, torch_sampled),
 }
 
