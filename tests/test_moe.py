@@ -13,8 +13,8 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from mistral_eqx import ModelConfig, Transformer
 from mistral_eqx.config import MoEConfig
-from mistral_eqx.kernels.experts import block_sizes
-from mistral_eqx.layers import FeedForward
+from mistral_eqx.kernels.experts import _summed, block_sizes, mix_in_large_blocks
+from mistral_eqx.layers import FeedForward, product
 from mistral_eqx.learning.training import load_balancing_loss
 from mistral_eqx.moe import (
     MixtureOfExperts,
@@ -217,6 +217,17 @@ def test_load_balancing_loss_of_extremes():
     np.testing.assert_allclose(load_balancing_loss(even, 1), 1, rtol=1e-3)
     one = jnp.zeros((9, 4)).at[:, 2].set(50)
     np.testing.assert_allclose(load_balancing_loss(one, 1), 4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("seq", [1, 7, 40, 150])
+def test_in_large_blocks(seq):
+    """As on a GPU, whose product of one token is a sum in one loop."""
+    experts, x = experts_of(4), normal(2, seq, DIM)
+    chosen, weights = routed((2, seq), 4, 2)
+    out = jax.jit(mix_in_large_blocks)(experts, x, chosen, weights)
+    assert_close(out, exact(experts, x, chosen, weights))
+    one, weight = x[:1, 0], experts.w1.weight[0]
+    assert_close(_summed(one, weight), product(one, weight))
 
 
 # --- the cost -----------------------------------------------------------------------------

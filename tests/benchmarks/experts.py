@@ -33,7 +33,7 @@ CASES = {"decode, 1 row": (1, 1), "decode, 8 rows": (8, 1), "prompt of 512": (1,
 
 def count_flops(jaxpr, platform: str = "cpu") -> int:
     """The operations in the matrix products of a `jax.make_jaxpr`, on a platform, at most:
-    of a kernel's tiles as if every group began in the middle of one."""
+    of a kernel's tiles as if every expert were chosen, and began in the middle of one."""
     jaxpr, total = getattr(jaxpr, "jaxpr", jaxpr), 0
     for equation in jaxpr.eqns:
         inner = [
@@ -49,6 +49,10 @@ def count_flops(jaxpr, platform: str = "cpu") -> int:
             total += 2 * length * equation.outvars[0].aval.size
         elif equation.primitive.name == "scan":
             total += equation.params["length"] * sum(inner)
+        elif equation.primitive.name == "reduce_sum":
+            # A product of one token, written as a sum.
+            size = equation.invars[0].aval.size
+            total += 2 * size if size > 2**22 else 0
         elif places := equation.params.get("branches_platforms"):
             here = (i for i, names in enumerate(places) if names and platform in names)
             total += inner[next(here, len(places) - 1)]
@@ -62,10 +66,9 @@ def count_flops(jaxpr, platform: str = "cpu") -> int:
 
 
 def kernel_steps(equation) -> int:
-    """Of megablox, whose grid has as many steps for rows as there are tiles with rows."""
-    grid = equation.params["grid_mapping"].grid
-    most = [v.aval.size for v in equation.invars if v.aval.dtype == "int32"]
-    return math.prod(n if isinstance(n, int) else max(most) for n in grid)
+    """Of megablox, whose grid has a step for each expert in each tile of rows."""
+    grid, pairs = equation.params["grid_mapping"].grid, equation.invars[2].aval.size
+    return math.prod(n if isinstance(n, int) else pairs for n in grid)
 
 
 def main(dtype: str = "float32") -> int:
