@@ -6,10 +6,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
-import nbtools  # noqa: F401  (it sets the style that is changed here)
 import numpy as np
 
 import mistral_eqx as mx
+import nbtools  # noqa: F401  (it sets the style that is changed here)
 
 
 plt.rcParams["figure.dpi"] = 88  # eight figures in one small file
