@@ -20,22 +20,22 @@
 # - **Model and data**: the embedded model, trained with a window of `W` = 64, and
 #   Shakespeare that it has never seen.
 # - **Torch**: live if installed, else its recorded answers.
-# - **Predict first**: how many keys does a window of 3 let through? How much work does a
-#   mask save?
+# - **Predict first**: how many keys does a window of 3 let through? How much does a token
+#   matter that is in reach, but far away? How much work does a mask save?
 #
-# The letters: `T` tokens, `W` window, `L` layers; see [README.md](README.md).
+# The letters: `T` tokens, `D` width of the residual stream, `W` window, `L` layers; see
+# [README.md](README.md). Words of JAX that [01](01_one_model_two_languages.ipynb) explains:
+# `jax.jit` compiles a function, `jax.vmap` maps it over rows, a model is a **pytree** (a
+# tree with arrays as leaves), and `eqx.tree_at` makes a copy with another leaf.
 
 # %%
-import copy
-import dataclasses
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 
 import mistral_eqx as mx
+import nb03
 import nbtools as nb
 import one_file_ref
 from exercises import ex03
@@ -47,24 +47,33 @@ nb.versions()
 # %%
 oracle = nb.Oracle("03")
 package, tokenizer = mx.load(dtype=jnp.float32)
-one_file = one_file_ref.Transformer.from_folder(nb.MODEL, dtype=jnp.float32)
-
-
-def with_config(model, **changes):
-    config = dataclasses.replace(model.config, **changes)
-    skeleton = eqx.filter_eval_shape(mx.Transformer, config, key=key)
-    return jax.tree.unflatten(jax.tree.structure(skeleton), jax.tree.leaves(model))
-
+tokens = nb.held_out(512)
+text = jnp.asarray(tokens)  # [T]
 
 # %% [markdown]
 # ## The mask, in three lines
 #
-# Causal attention lets the query at position `t` see the keys at positions `0 .. t`. A
-# sliding window cuts off the old end: only the last `W` remain, the query's own among
-# them. In the package that is the whole of it:
+# In attention every token has a **query**, a **key** and a **value**. A query is compared
+# with keys, and the token fetches a mixture of the values whose keys fit. Causal attention
+# lets the query at position `t` look at the keys at positions `0 .. t`. A **sliding
+# window** cuts off the old end: only the last few keys remain. The **mask** says which, a
+# row for each query and a column for each key. In three lines, with a window of 2:
+
+# %%
+t, s = np.arange(4)[:, None], np.arange(4)[None, :]  # queries down, keys across
+naive = (s <= t) & (t - s < 2)  # [query, key]
+print(naive.astype(int))
+
+# %% [markdown]
+# In the package that is the whole of it, too. The positions come in as arguments, because
+# with a cache the keys do not lie in order; and a negative position marks an empty slot,
+# which nobody sees.
 
 # %%
 nb.show_source(mx.attention.visible)
+four = jnp.arange(4, dtype=jnp.int32)
+same = np.array_equal(naive, mx.attention.visible(four, four, 2))
+nb.check("three lines = the package's mask", same, eq=True)
 
 # %% [markdown]
 # And in the reference, as the one-file port has kept it, two calls: `tril` cuts off the
@@ -75,33 +84,28 @@ nb.show_source(mx.attention.visible)
 # mask = jnp.triu(mask, k=-self.args.sliding_window)
 # ```
 #
-# **Predict.** Set `W` = 3. How many keys does a query late in the text see, in the
-# package, and how many in this?
+# **Predict.** The window is 3. How many keys does a query late in the text see in the
+# package, and how many in the reference? Its own key counts.
 
 # %%
-my_package, my_reference = None, None  # two numbers
+my_package, my_reference = None, None  # 2, 3 or 4, each
 
 # %% [markdown]
 # ## Poke it
 #
 # Let us not trust our reading of code, and ask the programs. Change one token, and see at
 # which positions the output moves: exactly those positions *can see* that token. With one
-# layer, that is the mask itself. A black box is enough; the same poke works on torch, on
-# both ports, and on a model that runs one token at a time.
+# layer, that is the mask itself. The program may be a black box: the same poke works on
+# torch, on both ports, and on a model that reads one token at a time. We take a model of
+# one small layer with random weights. Row 0 of `poked` is the text, and in row `s + 1`
+# token `s` is another.
 
 # %%
 T, W = 6, 3
-small = dict(dim=32, n_layers=1, head_dim=16, hidden_dim=32, n_heads=2, n_kv_heads=1)
-small |= dict(norm_eps=1e-5, vocab_size=16, rope_theta=1e4, sliding_window=W)
-small_package = mx.Transformer(mx.ModelConfig(**small), key=key)
-args = one_file_ref.ModelArgs(**small)
-skeleton = eqx.filter_eval_shape(one_file_ref.Transformer, args, key=key)
-leaves = jax.tree.leaves(small_package)
-small_one_file = jax.tree.unflatten(jax.tree.structure(skeleton), leaves)
-
-# %%
-poked = np.tile(np.arange(T, dtype=np.int32), (T + 1, 1))  # row 0 is left as it is
-poked[np.arange(1, T + 1), np.arange(T)] = 15  # row s + 1 differs at position s
+small = nb03.small_model(window=W)  # the package's
+small_one_file = nb03.as_one_file(small, window=W)  # the same weights
+poked = np.tile(np.arange(T, dtype=np.int32), (T + 1, 1))
+poked[np.arange(1, T + 1), np.arange(T)] = 15
 
 
 def seen(logits):  # [T + 1, T, V] -> [query, key]
@@ -109,159 +113,124 @@ def seen(logits):  # [T + 1, T, V] -> [query, key]
 
 
 # %% [markdown]
-# Three programs in prefill, which reads the whole text at once, and the one-file port
-# also in decoding, which reads a token at a time through its rolling buffer of `W` slots.
-
-
-# %%
-def decode_one_file(model, tokens):
-    cache, logits = model.empty_cache(len(tokens), tokens.shape[1]), []
-    for t in range(tokens.shape[1]):
-        step, cache = model(tokens[:, t : t + 1], jnp.array([t]), cache)
-        logits.append(step[:, 0])
-    return jnp.stack(logits, axis=1)  # [B, T, V]
-
-
-# %%
-def poke_torch(_):
-    import torch
-
-    import torch_mistral
-
-    twin = torch_mistral.Transformer(small)
-    spell = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
-    weights = jax.tree_util.tree_leaves_with_path(small_package)
-    twin.load_state_dict({spell(p): torch.tensor(np.asarray(w)) for p, w in weights})
-    return twin(torch.tensor(poked))
-
+# Three programs in **prefill**, which reads the whole text at once. The one-file port also
+# in **decoding**, which reads a token at a time and keeps `W` keys in a rolling buffer.
 
 # %%
 caches = small_one_file.empty_cache(T + 1, T)
+prefill, _ = small_one_file(poked, jnp.arange(T), caches)
 masks = {
-    "package": seen(np.asarray(jax.vmap(small_package)(poked)[0])),
-    "torch": seen(oracle("poke", poke_torch)),
-    "one file, prefill": seen(np.asarray(small_one_file(poked, jnp.arange(T), caches)[0])),
-    "one file, decode": seen(np.asarray(decode_one_file(small_one_file, poked))),
+    "package": seen(np.asarray(jax.vmap(small)(poked)[0])),
+    "torch": seen(oracle("poke", lambda _: nb03.poke_torch(small, W, poked))),
+    "one file, prefill": seen(np.asarray(prefill)),
+    "one file, decoding": seen(np.asarray(nb03.decode_one_file(small_one_file, poked))),
 }
-
-# %%
-figure, axes = plt.subplots(2, 2, figsize=(5.6, 5.6), sharex=True, sharey=True)
-for axis, (name, mask) in zip(axes.flat, masks.items()):
-    axis.imshow(mask, cmap="Greys", vmin=0, vmax=1.6)
-    for t, s in np.argwhere(mask):
-        axis.text(s, t, t - s, ha="center", va="center", color="white")
-    axis.set_title(f"{name}\n{mask.sum(1).max()} keys", fontsize=11)
-    axis.grid(False)
-for axis in axes[1]:
-    axis.set_xlabel("key (position)")
-for axis in axes[:, 0]:
-    axis.set_ylabel("query (position)")
+nb03.masks(masks)
 nb.caption(
     "a dark cell is a key that the query's output depends on, and the number is how far "
-    "back it lies. Three pictures are the same band of width 3. The reference's prefill "
-    "has one diagonal more: its query 5 can see 3 back."
+    "back it lies. Three pictures are the same band. The reference's prefill has one "
+    "diagonal more."
 )
 
 # %%
 keys_seen = {name: int(mask.sum(1).max()) for name, mask in masks.items()}
-nb.guess("Keys seen in the package", my_package, keys_seen["package"])
+one_less = "the window counts the query's own key as well."
+why = {2: one_less, 4: "that would be distances 0 to 3, one more than 3."}
+nb.guess("Keys seen in the package", my_package, keys_seen["package"], why=why)
 nb.guess(
-    "Keys seen in the reference's prefill", my_reference, keys_seen["one file, prefill"]
+    "Keys seen in the reference's prefill",
+    my_reference,
+    keys_seen["one file, prefill"],
+    why={2: one_less, 3: "`triu(k=-3)` keeps the diagonal `t - s = 3` itself."},
 )
-nb.check("package sees W keys", keys_seen["package"], eq=W)
-nb.check("torch sees W keys", keys_seen["torch"], eq=W)
-nb.check("one file sees W + 1 in prefill", keys_seen["one file, prefill"], eq=W + 1)
-nb.check("one file sees W in decoding", keys_seen["one file, decode"], eq=W)
+
+# %% [markdown]
+# The same as checks: three of the four are the package's mask, key by key.
+
+# %%
+for name in ("package", "torch", "one file, decoding"):
+    nb.check(f"{name}: keys seen", keys_seen[name], eq=W)
+    same = np.array_equal(masks[name], mx.attention.visible(*[jnp.arange(T)] * 2, W))
+    nb.check(f"{name}: its mask is the package's `visible`", same, eq=True)
+nb.check("one file, prefill: keys seen", keys_seen["one file, prefill"], eq=W + 1)
 
 # %%
 nb.say(
     f"**Takeaway.** A window of {W} is {keys_seen['package']} keys, the query's own "
     "included, except in the prefill of the reference, where it is "
-    f"{keys_seen['one file, prefill']}: `triu(k=-W)` keeps distance `W` itself. The right "
-    "diagonal is `1 - W`. The same slip sits in other places: `window_size=(W, W)` of an "
-    "attention kernel means W + 1 keys too (transformers #29623)."
+    f"{keys_seen['one file, prefill']}. The same slip sits in other places: "
+    "`window_size=(W, W)` of an attention kernel means W + 1 keys, too (transformers "
+    "#29623)."
 )
-
-# %% [markdown]
-# ## The reference disagrees with itself
-#
-# A model that sees 4 keys in prefill and 3 in decoding gives the same text two meanings,
-# depending on how it was read. Let the embedded model read 128 tokens at once; and again
-# 64 at once, and the other 64 one at a time. It is the same text, so the logits should be
-# the same.
-
-# %%
-tokens = nb.held_out(512)
-text = jnp.asarray(tokens)
-at_once, _ = one_file(text[None, :128], jnp.arange(128), one_file.empty_cache(1, 128))
-_, caches = one_file(text[None, :64], jnp.arange(64), one_file.empty_cache(1, 128))
-stepped = []
-for t in range(64, 128):
-    logits, caches = one_file(text[None, t : t + 1], jnp.array([t]), caches)
-    stepped.append(logits[0, 0])
-one_file_gap = float(jnp.abs(at_once[0, 64:] - jnp.stack(stepped)).max())
-
-# %%
-cache = mx.Cache(package.config, jnp.int32(0), chunk=64, max_length=128, dtype=jnp.float32)
-model, stepped = eqx.filter_jit(package), []
-at_once, _ = model(text[:128])  # [T, V]
-_, cache = model(text[:64], cache)
-for t in range(64, 128):
-    logits, cache = model(text[t : t + 1], cache)
-    stepped.append(logits[0])
-package_gap = float(jnp.abs(at_once[64:] - jnp.stack(stepped)).max())
-
-
-# %%
-def gap_torch(twin):
-    import torch
-
-    text = torch.tensor([tokens[:128]])
-    cache = twin.empty_cache(1)
-    twin(text[:, :64], 0, cache)
-    stepped = [twin(text[:, [t]], t, cache)[0, 0] for t in range(64, 128)]
-    return (twin(text)[0, 64:] - torch.stack(stepped)).abs().max()
-
-
-torch_gap = float(oracle("gap", gap_torch))
 
 # %% [markdown]
 # ## Two ports and torch
+#
+# A model that sees 4 keys in prefill and 3 in decoding gives the same text two meanings,
+# depending on how it was read. So let the embedded model read 128 tokens of Shakespeare at
+# once, and again one at a time, with a cache. It is the same text, so the logits should be
+# the same. (The loops are in `nb03.py`.)
 
 # %%
+one_file = one_file_ref.Transformer.from_folder(nb.MODEL, dtype=jnp.float32)
+gaps = {
+    "one file": nb03.gap_one_file(one_file, text[:128]),
+    "package": nb03.gap_package(package, text[:128]),
+    "torch": float(oracle("gap", lambda twin: nb03.gap_torch(twin, tokens[:128]))),
+}
+
+# %%
+decoding = {**keys_seen, "one file": keys_seen["one file, decoding"]}
+prefilling = {**keys_seen, "one file": keys_seen["one file, prefill"]}
 nb.table(
-    ["", "keys in prefill", "keys in decoding", "max abs Δ, at once or stepped"],
-    [
-        [
-            "one file",
-            keys_seen["one file, prefill"],
-            keys_seen["one file, decode"],
-            one_file_gap,
-        ],
-        ["package", keys_seen["package"], keys_seen["package"], package_gap],
-        ["torch", keys_seen["torch"], keys_seen["torch"], torch_gap],
-    ],
+    ["", "keys in prefill, W = 3", "keys in decoding", "max abs Δ, at once or stepped"],
+    [[name, prefilling[name], decoding[name], gap] for name, gap in gaps.items()],
 )
-nb.check("package, at once or stepped", package_gap, lt=2e-4)
-nb.check("torch, at once or stepped", torch_gap, lt=2e-4)
-nb.check("one file, at once or stepped", one_file_gap, gt=0.05)
+for name in ("package", "torch"):
+    nb.check(f"{name}, at once or stepped, max|Δ logits|", gaps[name], lt=2e-4)
+nb.check("one file, at once or stepped, max|Δ logits|", gaps["one file"], gt=0.05)
 
 # %% [markdown]
-# The difference in code is one character: `k=-W` for `k=1-W`. The port keeps it, because
-# a port that quietly repairs its original cannot be checked against it; the package does
+# The difference in code is one diagonal of `triu`. The one-file port keeps it, because a
+# port that quietly repairs its original cannot be checked against it. The package does
 # what the authors' production code does.
 #
-# ## The reach: how layer 6 knows about token 0
+# **Takeaway.** In the reference a text means something else if it is read in pieces; in the
+# package and in torch it does not, up to rounding.
 #
-# One layer moves information by at most `W - 1` positions. But what it moves *to* is
-# itself looked at by the next layer. After `l` layers, a token depends on what happened
-# up to `l · (W - 1)` positions ago: the **reach**. Mistral's paper counts 4096 × 32 =
-# 131,072 tokens this way.
+# ## A staircase, in small
 #
-# We can measure it. The gradient of the last position of layer `l`'s output with respect
-# to each embedding says how much each token matters to it, and it is *exactly zero* where
-# no path leads. The trick to differentiate with respect to embeddings: let the model's
-# table have one row for each position.
+# The title's second question: one layer fetches from at most `W - 1` positions back. But
+# what it fetches *from* has itself fetched, one layer earlier. So after `l` layers a token
+# may depend on tokens up to `l · (W - 1)` positions back. That is the **reach**.
+#
+# There is a naive way to see it. Take the mask as a matrix of 0 and 1, and multiply it by
+# itself. Entry `(t, s)` of the product counts the ways to go from `t` to `s` in two steps,
+# each of which the mask allows. With the mask of the first section, in three lines:
+
+# %%
+band = np.tril(np.ones((4, 4), int)) - np.tril(np.ones((4, 4), int), -2)  # a window of 2
+print(band, band @ band, band @ band @ band, sep="\n\n")
+
+# %% [markdown]
+# The last row sees 2 tokens, then 3, then 4. And there is more in it: after three layers
+# there are three ways to each of the tokens in the middle, but only one to the farthest.
+#
+# Does a real model do that? A **gradient** tells. The gradient of the last token's state
+# with respect to each token's embedding is *exactly* zero if no path leads there.
+# **`jax.grad`** gives the gradient of a single number, **`jax.jacrev`** those of several, a
+# row for each:
+
+# %%
+row = jnp.array([1.0, 2, 3, 4])
+two_numbers = lambda x: jnp.stack([x[0] * x[1], x[3] ** 2])
+print(jax.jacrev(two_numbers)(row))
+
+# %% [markdown]
+# The model takes token ids, and one cannot differentiate by a whole number. The trick: give
+# the model a table of embeddings with a row for each *position*, and read the ids 0, 1, 2,
+# and so on. Then differentiate by the table. From the state of the last token after each
+# layer, a vector, we make one number: its product with some random direction.
 
 
 # %%
@@ -272,101 +241,146 @@ def influence(table, model):  # [T, D] -> a number for each layer
     return jnp.stack([h[-1] @ direction for h in hidden])
 
 
-embedded = package.tok_embeddings(text)  # [T, D]
 gradients = jax.jit(jax.jacrev(influence))
-strength = np.linalg.norm(gradients(embedded, package), axis=-1)  # [L + 1, T]
+lengths_of = lambda table, model: np.linalg.norm(gradients(table, model), axis=-1)
+
+# %% [markdown]
+# A model of six small layers with random weights, and a window that you may change:
 
 # %%
-figure, axis = plt.subplots(figsize=(7, 3.6))
-shown = np.where(strength > 0, np.log10(np.maximum(strength, 1e-30)), np.nan)
-image = axis.imshow(
-    np.ma.masked_invalid(shown)[:, ::-1],
-    aspect="auto",
-    origin="lower",
-    vmin=-12,
-    vmax=1,
-    interpolation="nearest",
-)
-theory = np.append(63 * np.arange(7), 378) + 0.5
-axis.step(theory, np.arange(8) - 0.5, "k", where="pre", marker="")
-axis.set(xlabel="how far back the token lies (positions)", ylabel="after layer")
-axis.set_xlim(-0.5, 450)
-axis.grid(False)
-figure.colorbar(image, label="log10 of the gradient's norm")
+window = nb.knob(4, of=(2, 4, 8))
+n = 6 * (window - 1) + 4  # some tokens are out of reach
+model = nb03.small_model(window, n_layers=6, vocab_size=n)
+small_strength = lengths_of(model.tok_embeddings.weight, model)  # [L + 1, T]
+nb03.small_staircase(small_strength)
 nb.caption(
-    "a staircase. After layer l the last token depends on tokens up to 63 l back, which "
-    "is the black line; the white beyond it is not small but exactly zero. Towards the "
-    "edge the influence fades by orders of magnitude: reach is what *can* be known, not "
-    "what is."
+    "a staircase. Each row is the last token after one layer more, and each cell is a "
+    "token on which it depends: on the right the farthest. Every step is as wide as the "
+    "one before. A dark cell matters little."
 )
 
 # %%
+n_t = np.arange(n)
+band = (n_t[None, :] <= n_t[:, None]) & (n_t[:, None] - n_t[None, :] < window)
+ways = [np.linalg.matrix_power(band.astype(float), layer)[-1] for layer in range(7)]
+cells = [np.array_equal(row > 0, way > 0) for row, way in zip(small_strength, ways)]
+nb.check("layers whose cells are those of the product of masks", sum(cells), eq=7)
+steps = np.diff((small_strength > 0).sum(axis=1)).tolist()
+nb.check("new tokens with each layer", steps, eq=[window - 1] * 6)
+edge = small_strength[6, n - 1 - 6 * (window - 1)]
+nb.check(
+    "influence of the farthest over that of the last", edge / small_strength[6, -1], lt=0.5
+)
+
+# %%
+if window == 4:  # the moving picture is of the default
+    shown = nb03.film(small_strength, "pictures/03_staircase.gif")
+    same = shown == nb03.rows_of(small_strength)
+    nb.check("the moving picture shows these cells", same, eq=True)
+
+# %% [markdown]
+# The same as a moving picture, which the cell above makes from these numbers. With each
+# layer the last token knows of three more:
+#
+# ![The staircase grows by one row with each layer](pictures/03_staircase.gif)
+#
+# **Takeaway.** A layer adds `W - 1` tokens to what a token can know of, and a model of `L`
+# layers reaches `L · (W - 1)` positions back. Mistral's paper rounds that to `L · W`: 32
+# layers with a window of 4,096, "131K tokens".
+#
+# ## The reach of the embedded model
+#
+# Now the trained model, with `W` = 64 and six layers, on 512 tokens of Shakespeare.
+#
+# **Predict.** A token 300 positions back is in reach of layer 6. Compared with the last
+# token itself, how much does the outcome depend on it? About a tenth, a thousandth, or
+# less than a millionth?
+
+# %%
+my_influence = None  # "a tenth", "a thousandth" or "less than a millionth"
+
+# %%
+embedded = package.tok_embeddings(text)  # [T, D]
+strength = lengths_of(embedded, package)  # [L + 1, T]
+nb03.staircase(strength, window=64)
+nb.caption(
+    "the same staircase. After layer l the last token depends on tokens up to 63 l back, "
+    "which is the black line; the white beyond it is not small but exactly zero. Towards "
+    "the edge the influence fades by orders of magnitude: reach is what *can* be known, "
+    "not what is."
+)
+
+# %%
+back = strength[6, ::-1] / strength[6, -1]  # by distance
+nb.guess(
+    "A token 300 back, compared with the last one, matters",
+    my_influence,
+    "less than a millionth" if back[300] < 1e-6 else "more",
+    why={
+        "a tenth": "each look hands on only a part, and here five are needed.",
+        "a thousandth": "five looks in a row must each go nearly as far as they can, and "
+        "the weights of all five are multiplied.",
+    },
+)
 beyond = [float(row[: 511 - 63 * layer].max()) for layer, row in enumerate(strength)]
 nb.check("gradient beyond the reach, any layer", max(beyond), eq=0.0)
+nb.check("influence of a token 300 back, relative to the last", back[300], lt=1e-6)
 
 # %% [markdown]
 # That nothing leads further is exact. That the last step is really reached is harder to
-# see in a trained model: few heads look as far back as they can, and six such looks in a
-# row multiply to next to nothing. So take away the model's preferences: with queries of
-# zero, every token attends equally to all that it may see.
-
+# see in a trained model, because few heads look as far back as they can. So take away the
+# model's preferences: with queries of zero, every token attends equally to all that it may
+# see.
 
 # %%
-def without_preferences(model):
-    where = lambda m: [layer.attention.wq.weight for layer in m.layers]
-    return eqx.tree_at(where, model, replace_fn=jnp.zeros_like)
-
-
-flat = np.linalg.norm(gradients(embedded, without_preferences(package)), axis=-1)
+flat = lengths_of(embedded, nb03.without_preferences(package))
 reach = [int(511 - np.flatnonzero(row)[0]) for row in flat]
-for layer, measured in enumerate(reach):
-    nb.check(f"reach after {layer} layers (positions)", measured, eq=layer * 63)
+nb.check("reach after 0 to 6 layers (positions)", reach, eq=[63 * n for n in range(7)])
 
 # %% [markdown]
-# The one-file port sees one key more, so its stairs are one position wider. Torch's are
-# the package's.
-
-
-# %%
-def influence_one_file(table, model):
-    model = eqx.tree_at(lambda m: m.tok_embeddings.weight, model, table)
-    positions = jnp.arange(len(table))
-    logits, _ = model(positions[None], positions, model.empty_cache(1, len(table)))
-    return logits[0, -1] @ jax.random.normal(key, (2048,))
-
-
-def reach_torch(twin):
-    import torch
-
-    twin, kept = copy.deepcopy(twin), []
-    for layer in twin.layers:
-        layer.attention.wq.weight.zero_()
-    with torch.enable_grad():
-        keep = lambda module, inputs, out: kept.append(out) or out.retain_grad()
-        twin.tok_embeddings.register_forward_hook(keep)
-        twin(torch.tensor([tokens]))[0, -1, ::7].sum().backward()
-    return 511 - kept[0].grad[0].norm(dim=-1).nonzero()[0, 0]
-
+# This model also tells what makes far tokens matter so little. Is it the geometry, because
+# few ways lead to the edge, as in the products of the small masks? Or is it the trained
+# heads?
 
 # %%
-gradient = jax.jit(jax.grad(influence_one_file))(embedded, without_preferences(one_file))
-one_file_reach = int(511 - np.flatnonzero(np.linalg.norm(gradient, axis=-1))[0])
+indifferent = flat[6, ::-1] / flat[6, -1]
+curves = {"trained model": back, "without preferences": indifferent}
+nb03.fading({name: np.where(c > 0, c, np.nan)[:390] for name, c in curves.items()})
+nb.caption(
+    "neither line goes beyond the reach. Without preferences little is lost for half of "
+    "the way, and then many powers of ten close to the edge. The trained model loses far "
+    "more, and all along."
+)
+
+# %%
+nb.check("trained model, last token that matters", int(np.flatnonzero(back)[-1]), lt=379)
+nb.check("without preferences, lost up to 200", indifferent[0] / indifferent[200], lt=50)
+nb.check("lost from 200 to 378", indifferent[200] / indifferent[378], gt=1e5)
+for n in (60, 300):
+    nb.check(f"{n} back, without preferences over trained", indifferent[n] / back[n], gt=20)
+
+# %% [markdown]
+# So both are at work. Geometry makes the edge faint, and the trained heads, which prefer
+# some tokens to others, make everything faint that is far.
+#
+# The one-file port sees one key more in prefill, so its stairs are one position wider.
+# Torch's are the package's. (`nb03.py` has the same gradient for both.)
+
+# %%
+one_file_reach = nb03.reach_one_file(one_file, embedded)
 nb.check("reach of 6 layers, one file (positions)", one_file_reach, eq=6 * 64)
-torch_reach = int(oracle("reach", reach_torch))
+torch_reach = int(oracle("reach", lambda twin: nb03.reach_torch(twin, tokens)))
 nb.check("reach of 6 layers, torch (positions)", torch_reach, eq=6 * 63)
-
-# %%
-far = strength[6, 511 - 300] / strength[6, 511]
 nb.say(
     f"**Takeaway.** Six layers with windows of 64 reach {reach[6]} positions back, plus "
-    f"the token itself; but a token 300 back has {far:.0e} times the influence of the "
-    "last one."
+    f"the token itself; but a token 300 back has {back[300]:.0e} times the influence of "
+    "the last one."
 )
 
 # %% [markdown]
 # ## What is a longer look worth?
 #
-# The window is static: the same weights run with any. How good are predictions when the
+# The window is no weight: the same weights run with any. How good are predictions when the
 # trained model is shown less than it was trained with, or more?
 #
 # **Predict.** Trained with 64. Will it predict better with 256?
@@ -374,48 +388,69 @@ nb.say(
 # %%
 my_loss = None  # "better", "same" or "worse"
 
+# %% [markdown]
+# The **loss** is the mean of minus the log-probability of the token that comes, in nats. We
+# take it over the second half of four texts of 256 tokens, so that most tokens have more
+# than 64 before them. And we try a second set of models, whose positions are halved before
+# RoPE turns queries and keys by them. To such a model a key 100 tokens away looks as if it
+# were 50 away.
+
 # %%
 rows = jnp.asarray([nb.held_out(256, start=s) for s in (0.91, 0.93, 0.95, 0.97)])  # [B, T]
-
-
-@eqx.filter_jit
-def loss(model):  # nats a token, over the second half of each text
-    logits = jax.vmap(lambda row: model(row)[0])(rows)[:, 127:-1]
-    logprobs = jax.nn.log_softmax(logits)
-    return -jnp.mean(jnp.take_along_axis(logprobs, rows[:, 128:, None], axis=2))
-
-
-windows = [8, 16, 32, 64, 128, 256]
-losses = [float(loss(with_config(package, sliding_window=w))) for w in windows]
+tried, halved = [8, 32, 64, 128, 256], {}
+by_position = {}
+for w in tried:
+    model = nb03.with_config(package, sliding_window=w)
+    by_position[w] = nb03.losses_at(model, rows, jnp.float32(1))  # [T - 1]
+    if w in (64, 128):
+        halved[w] = float(nb03.losses_at(model, rows, jnp.float32(0.5))[127:].mean())
+losses = {w: float(loss[127:].mean()) for w, loss in by_position.items()}
 
 # %%
-figure, axis = plt.subplots()
-axis.plot(windows, losses)
-axis.axvline(64, color="0.6", linewidth=1, marker="", linestyle="-")
-axis.text(66, max(losses), "as trained", va="top")
-axis.set_xscale("log", base=2)
-axis.set_xticks(windows, windows)
-axis.set(xlabel="window at evaluation (keys)", ylabel="loss (nats a token)")
+nb03.windows(64, tried, [*losses.values()], halved)
 nb.caption(
-    "less than it was trained with hurts at once, and more does not help: it hurts as "
-    "well. The weights have never met a key 100 positions away, nor so many keys to "
-    "choose from."
+    "less than it was trained with hurts, and more does not help: it hurts more. With "
+    "halved positions all is worse than as trained; but then a window of 128 is no worse "
+    "than one of 64."
 )
 
 # %%
-verdict = (
-    "better"
-    if losses[5] < losses[3] - 0.01
-    else "same"
-    if losses[5] < losses[3] + 0.01
-    else "worse"
+change = losses[256] - losses[64]
+verdict = "same" if abs(change) < 0.01 else "better" if change < 0 else "worse"
+nb.guess(
+    "With a window of 256",
+    my_loss,
+    verdict,
+    why={
+        "better": "more can be known, but in training the model has never met a key so "
+        "far away.",
+        "same": "that would need far keys to be ignored, and nothing has taught that.",
+    },
 )
-nb.guess("With a window of 256", my_loss, verdict)
-nb.check("loss at W = 8 less loss at W = 64 (nats)", losses[0] - losses[3], gt=0.02)
-nb.check("loss at W = 256 less loss at W = 64 (nats)", losses[5] - losses[3], gt=0.02)
+nb.check("loss at W = 8 less loss at W = 64 (nats)", losses[8] - losses[64], gt=0.1)
+nb.check("loss at W = 256 less loss at W = 64 (nats)", change, gt=0.3)
+nb.check("W = 256 hurts more than W = 8 (nats)", losses[256] - losses[8], gt=0.2)
+
+# %% [markdown]
+# Why does more hurt? A window of 128 brings two new things at once: more keys to choose
+# from, and distances that the model has never met. The halved positions take them apart.
+# They allow 128 keys, none of which looks farther away than 64.
+
+# %%
+more_keys = halved[128] - halved[64]
+nb.check("halved: 128 keys for 64 change the loss by (nats)", abs(more_keys), lt=0.2)
+farther = losses[128] - losses[64]
+nb.check("as they are: 128 keys for 64 raise it by (nats)", farther, gt=0.4)
+nb.check("halving itself costs (nats)", halved[64] - losses[64], gt=0.2)
+early = float(jnp.abs(by_position[256] - by_position[64])[:63].max())
+nb.check("before position 63, W = 64 and W = 256 are the same", early, lt=1e-3)
+
+# %%
 nb.say(
-    f"**Takeaway.** At the window of its training the model loses {losses[3]:.3f} nats a "
-    f"token, with 8 keys {losses[0]:.3f}, and with 256 {losses[5]:.3f}."
+    f"**Takeaway.** At the window of its training the model loses {losses[64]:.3f} nats a "
+    f"token, with 8 keys {losses[8]:.3f}, and with 256 {losses[256]:.3f}. Twice the keys "
+    f"raise the loss by {farther:.2f} nats at new distances, and change it by "
+    f"{more_keys:+.2f} at known ones. So the distance does the harm, not the number."
 )
 
 # %% [markdown]
@@ -423,120 +458,150 @@ nb.say(
 #
 # A query with a window of 64 needs 64 scores, whatever the length of the text.
 #
-# **Predict.** We put the band mask on full attention over 1024 tokens. Which share of the
-# floating-point operations does it save?
+# **Predict.** We put the band mask on full attention over 1,024 tokens. Which share of the
+# operations does it save?
 
 # %%
-my_saving = None  # a percentage
-
-
-# %%
-def flops(function, *arguments):
-    cost = jax.jit(function).lower(*arguments).cost_analysis()
-    return cost["flops"]
-
-
-def masked(n, window):  # full attention under a mask
-    positions = jnp.arange(n, dtype=jnp.int32)
-    heads = jax.ShapeDtypeStruct((n, 8, 32), jnp.float32)
-    kv_heads = jax.ShapeDtypeStruct((2, n, 32), jnp.float32)
-    mask = mx.attention.visible(positions, positions, window)
-    return flops(mx.attention.attend, heads, kv_heads, kv_heads, mask)
-
+my_saving = None  # 0, 50 or 94, in percent
 
 # %% [markdown]
-# The package cuts the queries into blocks and gives each block only the keys that some
-# query of it may see. The mask then only trims the edges of the band.
+# XLA can count for us, without running anything. **`jax.jit(f).lower(x)`** traces and
+# translates `f` for arguments of these shapes, and **`cost_analysis()`** says how many
+# operations on numbers the program has. A **`jax.ShapeDtypeStruct`** stands for an array:
+# a shape and a dtype, and no numbers. A product of two 4 × 4 matrices is 16 sums of 4
+# products, so 16 · 4 · 2:
+
+
+# %%
+def operations(function, *arguments):
+    return jax.jit(function).lower(*arguments).cost_analysis()["flops"]
+
+
+four_by_four = jax.ShapeDtypeStruct((4, 4), jnp.float32)
+nb.check("a product of 4 x 4", operations(jnp.matmul, four_by_four, four_by_four), eq=128.0)
+
+# %% [markdown]
+# Full attention, with and without the band; `attend` is the package's function for both.
+# And `attend_sequence`, which the package really uses. It cuts the queries into blocks and
+# gives each block only the keys that some query of it may see. The mask then only trims the
+# edges of the band.
 
 # %%
 nb.show_source(mx.attention.attend_sequence)
 
 
 # %%
-def blocked(n, window):  # the package's attention, without its four matrix products
-    config = dataclasses.replace(package.config, sliding_window=window)
-    layer = eqx.filter_eval_shape(mx.Attention, config, dtype=jnp.float32, key=key)
-    x = jax.ShapeDtypeStruct((n, 256), jnp.float32)
-    places = eqx.filter_eval_shape(mx.rope.Places, config, jnp.arange(n))
-    run = lambda layer, x, places: layer(x, places, None)[0]
-    products = 2 * n * 256 * (256 + 64 + 64 + 256)
-    return flops(run, layer, x, places) - products
+def masked(n, window):  # full attention under a mask
+    queries, keys, values = nb03.shapes(n)
+    positions = jnp.arange(n, dtype=jnp.int32)
+    swap = lambda x: jnp.swapaxes(x, 0, 1)  # `attend` has the heads first
+    attend = lambda q, k, v, mask: mx.attention.attend(q, swap(k), swap(v), mask)
+    mask = mx.attention.visible(positions, positions, window)
+    return operations(attend, queries, keys, values, mask)
 
 
+def blocked(n, window):
+    band = mx.attention.Band(None, window)
+    attend = lambda q, k, v: mx.attention.attend_sequence(q, k, v, band)
+    return operations(attend, *nb03.shapes(n))
+
+
+# %% [markdown]
+# The other saving is memory: without a window, the cache grows with the text. With one,
+# it is a ring ([04](04_the_rolling_buffer.ipynb)). The bytes below are for decoding one
+# token at a time (`chunk=1`; the default of `mx.Cache` leaves room for longer chunks).
+
+# %%
 lengths = [64, 128, 256, 512, 1024, 2048, 4096]
 work = {
     "full attention": [masked(n, None) for n in lengths],
     "full attention under a band mask": [masked(n, 64) for n in lengths],
     "blocks along the band": [blocked(n, 64) for n in lengths],
 }
-
-# %% [markdown]
-# The other saving is memory: without a window, the cache grows with the text. With one,
-# it is a ring ([04](04_the_rolling_buffer.ipynb)).
-
+size = lambda n, window: nb03.cache_bytes(package.config, n, window)
+memory = {"no window": [size(n, None) for n in lengths]}
+memory["window of 64"] = [size(n, 64) for n in lengths]
 
 # %%
-def cache_bytes(n, window):
-    config = dataclasses.replace(package.config, sliding_window=window)
-    make = lambda: mx.Cache(config, jnp.int32(0), chunk=1, max_length=n, dtype=jnp.float32)
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(make)))
-
-
-memory = {w: [cache_bytes(n, w) / 1024 for n in lengths] for w in (None, 64)}
-
-# %%
-figure, axes = plt.subplots(1, 2, figsize=(7, 4.2))
-for name, values in work.items():
-    axes[0].loglog(lengths, np.array(values) / 1e6, label=name, alpha=0.8)
-axes[1].loglog(lengths, memory[None], label="no window")
-axes[1].loglog(lengths, memory[64], label="window of 64")
-axes[0].set(xlabel="text (tokens)", ylabel="attention of a layer (million flops)")
-axes[1].set(xlabel="text (tokens)", ylabel="cache of the model (KiB)")
-axes[1].set_yticks(memory[None], [f"{size:,.0f}" for size in memory[None]])
-for axis in axes:
-    axis.set_xticks(lengths, lengths)
-    axis.minorticks_off()
-    axis.legend(fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1))
+nb03.work_and_memory(lengths, work, memory)
 nb.caption(
-    "left, the mask's line lies on top of full attention's: quadratic. Only the blocks "
+    "above, the mask's line lies on top of full attention's: quadratic. Only the blocks "
     "turn the window into less work. Up to 1,024 tokens their work grows with the text; "
-    "beyond, it bends upwards, because there are never more than 16 blocks and each then "
-    "has more queries than the window has keys. Right, the cache stops growing at 64 "
-    "tokens."
+    "beyond, the line bends upwards. Below, the cache stops growing at 64 tokens."
 )
 
 # %%
 at = lambda name, n: work[name][lengths.index(n)]
 saving = 1 - at("full attention under a band mask", 1024) / at("full attention", 1024)
-nb.guess("Operations saved by the mask", my_saving, f"{100 * saving:.1f}%")
-nb.check("operations saved by a mask alone, at 1024 tokens", abs(saving), lt=0.01)
-ratio = at("full attention", 1024) / at("blocks along the band", 1024)
-growth = lambda n: at("blocks along the band", 2 * n) / at("blocks along the band", n)
-nb.check("growth of the blocks' work, 512 to 1,024 tokens", growth(512), lt=2.3)
-nb.check("growth of the blocks' work, 2,048 to 4,096 tokens", growth(2048), gt=2.7)
-nb.check("operations, full over blocks, at 1024 tokens", ratio, gt=4)
+nb.guess(
+    "Operations saved by the mask (percent)",
+    my_saving,
+    round(100 * saving),
+    why={
+        94: "that is the share of scores that do not count. All are computed, and then "
+        "replaced.",
+        50: "half of the scores lie in the future, and they are computed as well.",
+    },
+)
+nb.check("operations saved by a mask alone, at 1,024 tokens", abs(saving), lt=0.01)
+
+# %% [markdown]
+# And the growth with the text. Work that is quadratic grows four times when the text
+# doubles, work along a band twice:
+
+# %%
+blocks = "blocks along the band"
+growth = lambda name, n: at(name, 2 * n) / at(name, n)
 nb.check(
-    "cache at 1024 tokens, no window over window",
-    memory[None][lengths.index(1024)] / memory[64][lengths.index(1024)],
-    gt=15.9,
+    "growth of full attention, 2,048 to 4,096 tokens",
+    growth("full attention", 2048),
+    gt=3.8,
+)
+nb.check("growth of the blocks' work, 512 to 1,024 tokens", growth(blocks, 512), lt=2.3)
+nb.check("growth of the blocks' work, 2,048 to 4,096 tokens", growth(blocks, 2048), gt=2.7)
+ratio = at("full attention", 1024) / at(blocks, 1024)
+nb.check("operations, full over blocks, at 1,024 tokens", ratio, gt=4)
+of_64, of_128, *_, of_4096 = memory["window of 64"]
+nb.check("cache of 4,096 tokens over that of 64, in a window", of_4096 / of_64, eq=1.0)
+
+# %% [markdown]
+# The bend has its reason in the code above: `block` is 64 queries, or more if there would
+# be over 16 blocks. (The comment says why: every block is compiled.) So a long text has 16
+# blocks of many queries, and a block has all keys that *some* query of it needs.
+# `nb03.blocks_of` notes the calls of `attend` while JAX traces the function:
+
+# %%
+cut = {n: nb03.blocks_of(n, 64) for n in (512, 1024, 4096)}  # (queries, keys) of each block
+header = ["tokens", "blocks", "queries in a block", "keys in a block", "keys a query needs"]
+nb.table(header, [[f"{n:,}", len(b), *b[-1], 64] for n, b in cut.items()])
+nb.check("blocks of 512, 1,024, 4,096 tokens", [*map(len, cut.values())], eq=[8, 16, 16])
+nb.check(
+    "keys of a block, 1,024 and 4,096", [cut[1024][-1][1], cut[4096][-1][1]], eq=[127, 319]
 )
 
 # %%
+times = memory["no window"][-1] / memory["window of 64"][-1]
 nb.say(
-    f"**Takeaway.** At 1024 tokens the mask saves {100 * saving:.0f}% of the operations, "
-    f"blocks do {ratio:.1f} times fewer, and the cache is "
-    f"{memory[None][-1] / memory[64][-1]:.0f} times smaller."
+    f"**Takeaway.** At 1,024 tokens the mask saves {100 * saving:.0f}% of the operations, "
+    f"blocks do {ratio:.1f} times fewer. At 4,096 tokens the cache is {times:.0f} times "
+    "smaller."
 )
 
 # %% [markdown]
 # ## Exercises
 #
-# **Exercise 1: the band** (● 5 minutes). A boolean array `[n, n]`, true where query `t`
-# may see key `s` under a window.
+# **Exercise 1: repair the band** (●● 5 minutes). A port has this mask, which is wrong in
+# two ways. Make of it a boolean array `[n, n]`, true where query `t` may see key `s`. Keep
+# to `tril` and `triu`.
+#
+# ```python
+# def band(n, window):
+#     return np.triu(np.tril(np.ones((n, n), bool)).T, -window)
+# ```
 #
 # <details><summary>Hint</summary>
 #
-# One line with `np.tril` and `np.triu` is enough; mind the diagonal.
+# Print it for `n = 4` and `window = 2`, next to the first array of this notebook.
 #
 # </details>
 #
@@ -594,7 +659,21 @@ ex03.check_scores(scores)
 # ## Recap
 
 # %%
+both_seen = f"{keys_seen['package']}; {keys_seen['one file, prefill']} in the reference"
+rows = [
+    ["keys of a window of 3", both_seen, "poking one token at a time"],
+    ["reach of 6 layers, W = 64", f"{reach[6]} positions", "gradients that are not zero"],
+    ["influence 300 back", f"{back[300]:.0e} of the last token's", "the same gradients"],
+    ["a window of 256, untrained", f"{change:+.2f} nats", "the loss; distance is to blame"],
+    ["work at 1,024 tokens", f"mask: as full; blocks: 1/{ratio:.1f}", "XLA's own count"],
+]
+nb.table(["what", "how much", "how we know"], rows)
+
+# %%
 nb.recap()
+
+# %% [markdown]
+# And the question of the beginning:
 
 # %%
 nb.say(
