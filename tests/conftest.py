@@ -48,6 +48,20 @@ def no_program_outlives_its_file():
     jax.clear_caches()
 
 
+# Their tests make many programs and run each of them once or twice.
+QUICK = {"apps", "devices", "files", "heads", "learning"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_in_less_time(request):
+    """LLVM leaves programs of these tests as they are. The other tests have it do all that
+    it does for a user."""
+    quick = request.path.parent.name in QUICK
+    jax.config.update("jax_disable_most_optimizations", quick)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def unchecked():
     """What a user sees, who has no type checker on."""

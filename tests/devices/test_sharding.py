@@ -107,8 +107,15 @@ def test_training_step(mesh):
     check_step(plain, model, mesh)
 
 
-@pytest.mark.parametrize("scheme", [None, "int8"])
-@pytest.mark.parametrize("mesh", ["data=2,fsdp=2,model=2", "pipe=2,data=2", MOE[0]])
+@pytest.mark.parametrize(
+    ("mesh", "scheme"),
+    [
+        ("data=2,fsdp=2,model=2", None),
+        ("data=2,fsdp=2,model=2", "int8"),
+        ("pipe=2,data=2", None),
+        (MOE[0], "int8"),
+    ],
+)
 def test_training_step_of_an_adapter(mesh, scheme):
     plain = model_for(mesh)
     plain = plain if scheme is None else mx.quantize(plain, scheme)
