@@ -35,8 +35,8 @@ class Bug(NamedTuple):
 BUGS = {
     "half-split RoPE": Bug(
         "view_as_complex = lambda x: jax.lax.complex(x[..., 0], x[..., 1])",
-        "view_as_complex = lambda x: jax.lax.complex(\n"
-        "    *jnp.split(x.reshape(*x.shape[:-2], -1), 2, -1))",
+        "view_as_complex = lambda x: "
+        "jax.lax.complex(*jnp.split(x.reshape(*x.shape[:-2], -1), 2, axis=-1))",
     ),
     "eps misplaced": Bug(
         "return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + self.eps)",
@@ -150,16 +150,14 @@ def museum() -> dict[str, Run]:
 
 
 WHY_SILENT = {
-    0: "Several of these bugs change a probability by less than what lies between the "
-    "most probable token and the next.",
-    1: "A small `eps` matters no more than a rounding does, whether it is added before "
-    "the root or after it.",
-    6: "Weights in the wrong place are seen at once.",
+    0: "Several of these bugs move the probabilities by so little that the most probable "
+    "token stays the same, all the way.",
+    1: "There are more whose loss hardly moves either.",
+    6: "Weights that are used in the wrong way show at once.",
 }
 WHY_WORST = {
-    "better": "Weights that are used in the wrong way do not merely say less. The model is "
-    "as sure of itself as before, of the wrong tokens, and that costs more than to be "
-    "sure of none."
+    "better": "Its loss is larger. So on average, a geometric one, it gives the token that "
+    "comes less than the equal share that a model gives which knows nothing."
 }
 
 

@@ -108,8 +108,7 @@ nb.guess("Bugs that leave the text as it was", my_silent, len(silent), nb00.WHY_
 # %%
 nb00.bars(runs)
 nb.guess("The worst bug", my_worst, nb00.against_nothing(runs), nb00.WHY_WORST)
-changes = nb00.changes(runs)
-nb.check("third smallest change of the loss (nats a token)", changes[2], lt=0.01)
+nb.check("third smallest change (nats a token)", nb00.changes(runs)[2], lt=0.01)
 nb.check("largest loss, over knowing nothing", nb00.excess(runs), gt=0.3)
 
 # %% [markdown]
