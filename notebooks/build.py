@@ -197,6 +197,10 @@ def build(source: Path) -> None:
         picture = cover(notebook, header(source)["cover"])
         (NOTEBOOKS / "pictures").mkdir(exist_ok=True)
         (NOTEBOOKS / "pictures" / f"{number}.png").write_bytes(picture)
+        if number == "00":  # The map that it shows is a picture of its own.
+            import nb00
+
+            nb00.write_map(NOTEBOOKS / "pictures" / "map.svg")
         nbformat.write(notebook, path.with_suffix(".partial"))
         path.with_suffix(".partial").replace(path)
         for final, part in partial.items():

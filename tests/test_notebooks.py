@@ -28,6 +28,7 @@ import build  # noqa: E402
 import exercises  # noqa: E402
 import fresh  # noqa: E402
 import knobs  # noqa: E402
+import nb00  # noqa: E402
 import nbtools  # noqa: E402
 from exercises import ex03  # noqa: E402
 
@@ -261,14 +262,15 @@ NOT_YET = {
 
 
 def test_is_a_lesson(number, shipped):
-    broken = {rule for rule, met in standard(shipped).items() if not met}
+    rules = door(shipped) if number == "00" else standard(shipped)
+    broken = {rule for rule, met in rules.items() if not met}
     assert broken == set(NOT_YET.get(number, [])), "what is met now leaves NOT_YET"
 
 
 def standard(notebook):
     """The rules for a notebook, and whether it meets them. Prose is text between cells,
     without the code in it; what cells say is not counted."""
-    prose = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+    prose = prose_of(notebook)
     undone = [o for o in outputs(notebook) if "not done yet" in o.get("text", "")]
     solutions = prose.count("<summary>Solution</summary>")
     words = len(re.sub(r"```.*?```", "", prose, flags=re.S).split())
@@ -299,6 +301,71 @@ def standard(notebook):
         "3 exercises, none done": len(undone) == solutions >= 3,
         "a knob": "nb.knob(" in everything,
     }
+
+
+def prose_of(notebook):
+    return "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+
+
+def door(notebook):
+    """The rules for 00, which is no lesson: whoever opens it has two minutes. From its map,
+    from the table below the map and from its paths, links lead to every notebook."""
+    table, paths = prose_of(notebook).split("## Where to go next")
+    paths, targets = paths.split("\n[01]: ")
+    (picture,) = [
+        o.data["image/svg+xml"]
+        for o in outputs(notebook)
+        if "image/svg+xml" in o.get("data", {})
+    ]
+    words = re.sub(r"^\|.*", "", f"{table} {paths}", flags=re.M).split()
+    lines = "\n".join(cell.source for cell in code_cells(notebook)).splitlines()
+    pictures = [o for o in outputs(notebook) if "image/png" in o.get("data", {})]
+    captions = [o for o in outputs(notebook) if "What to see" in str(o.get("data", {}))]
+    others = {number: SOURCES[number].stem for number in NUMBERS if number != "00"}
+    linked = all(
+        f"[{number}]: {name}.ipynb" in f"[01]: {targets}"
+        and f'href="{name}.ipynb"' in picture
+        and f"[{number}]" in table
+        and f"[{number}]" in paths
+        for number, name in others.items()
+    )
+    return {
+        "25 lines of code": sum(bool(line.strip()) for line in lines) <= 25,
+        "400 to 900 words": 400 <= len(words) <= 900,
+        "a figure with its caption": len(pictures) == len(captions) == 1,
+        "three links to every notebook": linked,
+        "2 to 4 checks": 2 <= "\n".join(lines).count("nb.check(") <= 4,
+        "a prediction": "**Predict.**" in table,
+        "a knob": "nb.knob(" in "\n".join(lines),
+    }
+
+
+def test_map_is_of_this_model():
+    """The picture is what would be drawn now, and the table below it has its links."""
+    config = mx.load_model(mx.text.TINY_MISTRAL).config
+    told = "python notebooks/build.py 00: the map is not of this model any more"
+    picture = (NOTEBOOKS / "pictures" / "map.svg").read_text(encoding="utf-8")
+    assert picture == nb00.draw_map(config, up="../"), told
+    shown = SOURCES["00"].read_text(encoding="utf-8").splitlines()
+    for row in [*nb00.links(config), *nb00.targets(config)]:
+        assert f"# {row}" in shown, row
+    links = re.findall('href="(.+?)"', picture)
+    assert len(links) == 2 * len(nb00.links(config)) + 2  # There are two norms in a block.
+    assert all((NOTEBOOKS / "pictures" / link).exists() for link in links)
+
+
+def test_museum_breaks_one_line_each():
+    lines = nb00.PORT.read_text(encoding="utf-8").splitlines()
+    for name in nb00.BUGS:
+        broken = nb00.program(name).splitlines()
+        assert sum(a != b for a, b in zip(lines, broken, strict=True)) == 1, name
+    (knob,) = [
+        call
+        for cell in build.render(SOURCES["00"], None).cells
+        if cell.cell_type == "code"
+        for call in knobs.knobs_of(cell.source)
+    ]
+    assert ast.literal_eval(knob.keywords[0].value) == tuple(nb00.BUGS)
 
 
 def test_copies_nothing(number):
@@ -509,6 +576,8 @@ def test_no_notebook_needs_mathjax(number):
 
 def answers():
     for number in NUMBERS:
+        if not (NOTEBOOKS / "exercises" / f"ex{number}.py").exists():
+            continue  # 00 has none.
         module = importlib.import_module(f"ex{number}")
         for checker in sorted(vars(importlib.import_module(f"exercises.ex{number}"))):
             if checker.startswith("check_") and checker != "check_cases":
