@@ -211,5 +211,8 @@ def test_for_a_tpu(moe, monkeypatch):
         # Two in each of two blocks, one for the embeddings; the logits may be summed, too.
         assert 5 <= program.collectives["all-reduce"] <= 6
         assert program.arguments == pytest.approx(needs.weights + needs.cache, rel=0.02)
-        assert program.aliased >= needs.cache
-        assert program.copies == () and program.accessed > 0
+        assert program.aliased >= needs.cache and program.accessed > 0
+        # Rings as small as these lie on the chip while it decodes, and are put back.
+        rings = [copy for copy in program.copies if "bf16[5,1,2048,128]" in copy]
+        assert len(rings) == len(program.copies) and program.temporaries < needs.cache / 4
+    assert next(iter(programs.values())).copies == ()
