@@ -37,20 +37,27 @@ def keys_of_both(package, one_file, tokens, dtype: str, n: int = 100):
     has room for all, and of the one-file port, whose ring is as long as the window."""
     cast = lambda model: jax.tree.map(lambda x: x.astype(dtype), model)
     config, window = package.config, package.config.sliding_window
-    block, other = cast(package.layers[0]), cast(one_file.layers[0])
-    x = cast(package.tok_embeddings)(jnp.asarray(tokens[:n]))  # [T, D]
     positions = jnp.arange(n, dtype=jnp.int32)
-    places = mx.rope.Places(config, positions)
-    width = config.head_dim
-    freqs = one_file_ref.precompute_freqs_cis(width, positions, config.rope_theta)
-    empty = mx.cache.LayerCache(*[jnp.zeros((config.n_kv_heads, 200, width), dtype)] * 2)
-    _, kept = block.attention(block.attention_norm(x), places, empty)
+
+    @eqx.filter_jit
+    def of_package(block, x):
+        kept = [jnp.zeros((config.n_kv_heads, 200, config.head_dim), dtype)] * 2
+        places, empty = mx.rope.Places(config, positions), mx.cache.LayerCache(*kept)
+        return block.attention(block.attention_norm(x), places, empty)[1].keys
+
+    @eqx.filter_jit
+    def of_one_file(block, x, ring):
+        theta, mask = config.rope_theta, jnp.zeros((n, n), dtype)
+        freqs = one_file_ref.precompute_freqs_cis(config.head_dim, positions, theta)
+        x = block.attention_norm(x[None])
+        return block.attention(x, freqs, positions, mask, ring)[1][0]
+
+    x = cast(package.tok_embeddings)(jnp.asarray(tokens[:n]))  # [T, D]
+    ours = jnp.swapaxes(of_package(cast(package.layers[0]), x), 0, 1)  # [slots, K, width]
     ring = cast(one_file).empty_cache(1, n)[0]
-    _, (keys, _) = other.attention(
-        other.attention_norm(x[None]), freqs, positions, jnp.zeros((n, n), dtype), ring
-    )
-    ours = jnp.swapaxes(kept.keys, 0, 1)[n - window : n]  # [W, K, head width]
-    return np.float32(ours), np.float32(keys[0, (np.arange(n - window, n) % window)])
+    theirs = of_one_file(cast(one_file.layers[0]), x, ring)[0]
+    order = np.arange(n - window, n)
+    return np.float32(ours[order]), np.float32(theirs[order % window])
 
 
 def rewrite(cache: mx.Cache, position, change) -> mx.Cache:

@@ -336,11 +336,15 @@ nb.check("argmax, torch uncached = package uncached", int((torch_top == top).sum
 # %% [markdown]
 # And what is *in* the rings? One layer of each port reads 100 tokens: the one-file port
 # into a ring of `W` slots, the package into one of 200, where nothing is overwritten. We
-# compare the last `W` keys of both in bfloat16, in which Mistral is shipped. (It has 8 bits
-# where float32 has 24, so two programs may round differently.) Keys are the model's memory.
-# They must be turned for the right position, and most must have the very same bits.
+# compare the last `W` keys of both, in float32 and in bfloat16, in which Mistral is
+# shipped. (It has 8 bits where float32 has 24, so two programs may round differently.) Keys
+# are the model's memory. They must be turned for the right position, and most must have the
+# very same bits.
 
 # %%
+exact, theirs = nb04.keys_of_both(package, one_file, tokens, "float32")
+gap = float(np.abs(exact - theirs).max())
+nb.check("max|Δ| of the keys in the ring, package and one file", gap, lt=1e-4)
 ours, theirs = nb04.keys_of_both(package, one_file, tokens, "bfloat16")
 nb.check("bf16 keys with equal bits, share", float((ours == theirs).mean()), gt=0.9)
 
@@ -643,7 +647,7 @@ print(f"{compiled.memory_analysis().temp_size_in_bytes / 2**20:.1f} MiB for the 
 # (`jax.ShapeDtypeStruct` stands for an array of that shape: compiling needs no numbers.)
 
 # %%
-chunks = nb.knob((4, 16, 64, 100, 256), of=((4, 16, 64, 100, 256), (8, 32, 256)))
+chunks = nb.knob((4, 32, 96, 256), of=((4, 32, 96, 256), (8, 64, 256)))
 truth = np.asarray(uncached(package, jnp.asarray(tokens)))[-1]
 rows, seconds, rings = [], [], []
 for chunk in chunks:
@@ -703,12 +707,16 @@ nb.say(
 # %% [markdown]
 # Last, three prompts of different lengths in one batch. They are padded on the left, so
 # they share the index at which they write, and each row keeps its own positions. Each must
-# get what it gets alone.
+# get what it gets alone. (They are read in chunks of 16, so that few programs are compiled.
+# `max_tokens` makes room behind them, so that all rings are equally long.)
 
 # %%
-prompts = [tokens[:100], tokens[100:117], tokens[117:118]]
-_, together = mx.prefill(package, prompts)
-alone = [mx.prefill(package, [prompt])[1][0] for prompt in prompts]
+prompts, options = (
+    [tokens[:48], tokens[48:79], tokens[79:92]],
+    dict(chunk=16, max_tokens=64),
+)
+_, together = mx.prefill(package, prompts, **options)
+alone = [mx.prefill(package, [prompt], **options)[1][0] for prompt in prompts]
 gap = max(float(jnp.abs(a - b).max()) for a, b in zip(alone, together))
 nb.check("max|Δ| logits, a ragged batch and each row alone", gap, lt=5e-4)
 
