@@ -25,6 +25,12 @@ def empty_ring(slots: int, width: int = 2) -> mx.cache.LayerCache:
     return mx.cache.LayerCache(zeros, zeros)
 
 
+def new_cache(model: mx.Transformer, **options) -> mx.Cache:
+    """An empty cache for one text of 256 tokens, by default read one at a time."""
+    options = dict(chunk=1, max_length=256, dtype=jnp.float32) | options
+    return mx.Cache(model.config, jnp.int32(0), **options)
+
+
 def with_window(model: mx.Transformer, window: int) -> mx.Transformer:
     """The same weights under another window."""
     config = dataclasses.replace(model.config, sliding_window=window)

@@ -257,7 +257,6 @@ NOT_YET = {
         "1,500 to 3,000 words", "4 words a line", "3 code cells in a row",
         "a figure within 40 lines", "a knob",
     ],
-    "04": ["a figure within 40 lines"],
     "05": [
         "1,500 to 3,000 words", "4 words a line", "3 code cells in a row",
         "a figure within 40 lines", "a knob",

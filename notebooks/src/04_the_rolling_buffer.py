@@ -67,12 +67,6 @@ tokens = nb.held_out(256)  # 256 token ids
 uncached = eqx.filter_jit(lambda model, tokens: model(tokens)[0])  # [T, V]
 step = eqx.filter_jit(lambda model, token, cache: model(token[None], cache))
 
-
-def new_cache(model, **options):
-    options = dict(chunk=1, max_length=256, dtype=jnp.float32) | options
-    return mx.Cache(model.config, jnp.int32(0), **options)
-
-
 # %% [markdown]
 # `walk` reads the whole text with `step`, and gives back all logits. (`change` is for
 # later: it meddles with the cache after each token. By default it does nothing.)
@@ -282,7 +276,7 @@ nb.say(
 
 # %%
 truth = np.asarray(uncached(package, jnp.asarray(tokens)))  # [T, V]
-cached = walk(package, new_cache(package))
+cached = walk(package, nb04.new_cache(package))
 
 # %% [markdown]
 # The one-file port works on batches, and keeps its cache as plain pairs of arrays. It takes
@@ -318,7 +312,7 @@ torch_gap, torch_cached, torch_top = oracle("walk", walk_torch).reshape(3, 256)
 top = truth.argmax(-1)
 gaps = [np.abs(one_file_cached - truth), np.abs(cached - truth), torch_gap]
 best = [one_file_cached.argmax(-1), cached.argmax(-1), torch_cached]
-one_file_cache, package_cache = caches, new_cache(package).layers
+one_file_cache, package_cache = caches, nb04.new_cache(package).layers
 size_of = lambda cache: sum(x.nbytes for x in jax.tree.leaves(cache))
 n_bytes = [size_of(cache) for cache in (one_file_cache, package_cache, one_file_cache)]
 rows = []
@@ -424,11 +418,11 @@ narrow = dataclasses.replace(config, sliding_window=short)
 too_short = mx.Cache(narrow, jnp.int32(0), chunk=1, max_length=256, dtype=jnp.float32)
 made = {
     "1 ring too short": walk(model, too_short),
-    "2 a step ahead": walk(model, new_cache(model), ahead),
-    "3 keys before RoPE": walk(model, new_cache(model), before_rope),
-    "4 K from V": walk(model, new_cache(model), k_from_v),
+    "2 a step ahead": walk(model, nb04.new_cache(model), ahead),
+    "3 keys before RoPE": walk(model, nb04.new_cache(model), before_rope),
+    "4 K from V": walk(model, nb04.new_cache(model), k_from_v),
 }
-sound = np.abs(walk(model, new_cache(model)) - truth).max(axis=1)
+sound = np.abs(walk(model, nb04.new_cache(model)) - truth).max(axis=1)
 
 # %% [markdown]
 # For each we ask three things: at which position are its logits off for the first time (by
@@ -655,7 +649,7 @@ for chunk in chunks:
     pieces = mx.cache.chunk_sizes(0, 256, chunk=chunk, slots=cache.slots)
     timed = nb.timeit(lambda: mx.prefill(package, [tokens], chunk=chunk), repeats=5)
     gap = float(np.abs(logits[0] - truth).max())
-    empty = new_cache(package, chunk=chunk)
+    empty = nb04.new_cache(package, chunk=chunk)
     temporary = nb04.temporary_bytes(package, empty, chunk) / 2**20
     milliseconds = f"{1000 * timed.median:.1f}"
     rows.append([chunk, gap, len(pieces), len(set(pieces)), temporary, milliseconds])
