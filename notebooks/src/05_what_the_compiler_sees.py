@@ -16,29 +16,28 @@
 #   [04](04_the_rolling_buffer.ipynb).
 # - **Time**: {{time}}.
 # - **The code lives in** `mistral_eqx/generation.py` and `mistral_eqx/cache.py`, against
-#   `generate` of `one_file_ref.py`.
+#   `Transformer.forward` of `one_file_ref.py`.
 # - **Model and data**: the embedded model, and random ones of other depths.
 # - **Torch**: live if installed, else its recorded answers (and its recorded times).
-# - **Predict first**: how does the time to compile grow with depth? How much does one
-#   Python `int` cost?
+# - **Predict first**: how do the equations and the time to compile grow with depth? How
+#   many programs do ten prompts need? How much faster is a loop on the device?
 #
 # No number of seconds below is asserted, for machines differ and are busy. What is
 # asserted is the mechanism: how often something is traced, how many equations a program
-# has, how many bytes are shared.
+# has, how many bytes are shared. The letters: `B` batch, `T` tokens, `D` width, `V`
+# vocabulary; see [README.md](README.md).
 
 # %%
 import dataclasses
-import io
-import logging
 import time
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 
 import mistral_eqx as mx
+import nb05
 import nbtools as nb
 import one_file_ref
 from exercises import ex05
@@ -52,194 +51,74 @@ oracle = nb.Oracle("05")
 package, tokenizer = mx.load(dtype=jnp.float32)
 one_file = one_file_ref.Transformer.from_folder(nb.MODEL, dtype=jnp.float32)
 tokens = nb.held_out(256)
+text = jnp.asarray(tokens[:32])
 small = mx.ModelConfig(
-    dim=64, n_layers=2, head_dim=16, hidden_dim=128, n_heads=4, n_kv_heads=2,
+    dim=64, n_layers=1, head_dim=16, hidden_dim=128, n_heads=4, n_kv_heads=2,
     norm_eps=1e-5, vocab_size=2048, sliding_window=64,
 )  # fmt: skip
 
 # %% [markdown]
-# ## Four stages
-#
-# A torch program runs line by line. `jax.jit` does something else the first time it is
-# called: it runs the Python with *tracers* in place of arrays and writes down every
-# operation (**trace**); translates that list, the *jaxpr*, for the compiler (**lower**);
-# and makes machine code of it (**compile**). Only then does it **run**; the next call
-# with the same shapes runs straight away.
-
-# %%
-text = jnp.asarray(tokens[:32])
-forward = jax.jit(lambda model, tokens: model(tokens)[0])
-x = jnp.ones((32, 256))
-print(jax.make_jaxpr(lambda x: package.norm(x))(x).pretty_print(use_color=False))
-
-# %% [markdown]
-# That is RMSNorm as the compiler sees it: arrays with their shapes, operations, and no
-# class. Of a whole model there would be no loop over layers either, for Python has run
-# through it while tracing: a model with twice the layers is twice the program. (The
-# package traces the block once and calls it for each layer; each call is compiled.)
-# `jax.lax.scan` instead traces **one** block and says "do this for each of these
-# weights", stacked along a new axis.
-
-
-# %%
-def scanned(model, stacked, tokens):
-    positions = jnp.arange(tokens.shape[0], dtype=jnp.int32)
-    places = mx.rope.Places(model.config, positions)
-
-    def body(x, block):
-        return block(x, places, None)[0], None
-
-    x, _ = jax.lax.scan(body, model.tok_embeddings(tokens), stacked)
-    return model.logits(x)
-
-
-def split(model):  # the model without its layers, and the layers stacked
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *model.layers)
-    return eqx.tree_at(lambda m: m.layers, model, ()), stacked
-
-
-# %%
-direct = forward(package, text)
-through_scan = jax.jit(scanned)(*split(package), text)
-nb.check(
-    "max|Δ| logits, loop and scan", float(jnp.abs(direct - through_scan).max()), lt=2e-4
-)
-
-# %% [markdown]
-# **Predict.** From 2 layers to 32: by what factor does the time to compile grow, with the
-# loop and with the scan?
-
-# %%
-my_loop, my_scan = None, None  # two factors
-
-
-# %%
-def stages(function, *arguments):  # equations; CPU seconds to trace, lower, compile, run
-    marks = [time.process_time()]
-    traced = jax.jit(function).trace(*arguments)
-    marks.append(time.process_time())
-    lowered = traced.lower()
-    marks.append(time.process_time())
-    compiled = lowered.compile()
-    marks.append(time.process_time())
-    jax.block_until_ready(compiled(*arguments))
-    marks.append(time.process_time())
-    return equations(traced.jaxpr.jaxpr), np.diff(marks)
-
-
-def equations(jaxpr):  # those of the programs inside it too
-    inner = jax.tree.leaves([list(equation.params.values()) for equation in jaxpr.eqns])
-    inner = [getattr(part, "jaxpr", part) for part in inner]
-    return len(jaxpr.eqns) + sum(equations(part) for part in inner if hasattr(part, "eqns"))
-
-
-# %%
-depths = [2, 8, 32]
-loop, scan = [], []
-shallow = mx.Transformer(dataclasses.replace(small, n_layers=1), key=key)
-stages(scanned, *split(shallow), text)  # the very first is slow
-for depth in depths:
-    model = mx.Transformer(dataclasses.replace(small, n_layers=depth), key=key)
-    loop.append(stages(lambda model, tokens: model(tokens)[0], model, text))
-    scan.append(stages(scanned, *split(model), text))
-
-# %%
-figure, axes = plt.subplots(1, 2, figsize=(7, 4))
-shades = ["#dddddd", "#999999", "#31688e", "#000000"]
-for offset, measured in ((-0.2, loop), (0.2, scan)):
-    bottom = np.zeros(len(depths))
-    for i, stage in enumerate(("trace", "lower", "compile", "run")):
-        seconds = np.array([times[i] for _, times in measured])
-        label = stage if offset < 0 else None
-        axes[0].bar(
-            np.arange(len(depths)) + offset,
-            seconds,
-            0.36,
-            bottom,
-            color=shades[i],
-            label=label,
-        )
-        bottom += seconds
-    for x, top in enumerate(bottom):
-        axes[0].text(
-            x + offset,
-            top,
-            "loop" if offset < 0 else "scan",
-            ha="center",
-            va="bottom",
-            fontsize=8,
-        )
-axes[0].set_xticks(range(len(depths)), depths)
-axes[0].set(xlabel="layers", ylabel="first call (CPU seconds)")
-axes[0].legend(fontsize=9, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
-axes[1].plot(depths, [n for n, _ in loop], label="loop")
-axes[1].plot(depths, [n for n, _ in scan], label="scan")
-axes[1].set(xlabel="layers", ylabel="equations in the program", ylim=(0, None))
-axes[1].set_xticks(depths)
-axes[1].legend()
-nb.caption(
-    "left, the first call is mostly compiling, and the run itself, in black, a small "
-    "part. With the Python loop it grows with the depth; with scan it does not, "
-    "though for a few layers scan may be the dearer one. "
-    "Right, why: the program of the loop has its equations once for each layer, that of "
-    "scan once."
-)
-
-# %%
-growth = lambda measured: measured[-1][1][2] / measured[0][1][2]
-nb.guess("Compiling, 32 layers over 2, loop", my_loop, f"{growth(loop):.1f}x")
-nb.guess("Compiling, 32 layers over 2, scan", my_scan, f"{growth(scan):.1f}x")
-per_layer = np.diff([n for n, _ in loop]) // np.diff(depths)
-added = "equations that a layer adds, from 2 to 8 layers less from 8 to 32"
-nb.check(added, int(per_layer[0] - per_layer[1]), eq=0)
-slope, fixed = np.polyfit(depths, [times[2] for _, times in loop], 1)
-nb.check("equations of scan, 32 layers less 2 layers", scan[-1][0] - scan[0][0], eq=0)
-
-# %%
-nb.say(
-    f"**Takeaway.** In the loop every layer is {per_layer[0]} more equations to compile; "
-    f"in scan there are {scan[0][0]} whatever the depth. Sixteen times the layers are not "
-    "sixteen times the seconds: a straight line through the three depths says that a "
-    f"layer costs {1000 * slope:.0f} ms to compile, and {fixed:.1f} s are there without "
-    "any. The package has the loop all the same, since its models are shallow, or compiled "
-    "once and run for long, and unrolled layers may differ."
-)
-
-# %% [markdown]
 # ## The same call, twelve times
 #
-# What somebody sees who times a function by calling it:
+# A torch program runs line by line, and so does a JAX program by itself. **`jax.jit`**
+# makes a compiled function out of a Python function. Here is one that divides each row of
+# a table by its root mean square. (**`jnp`** is NumPy's interface for arrays of JAX.) It
+# prints what it is given.
+
 
 # %%
-fresh = jax.jit(lambda model, tokens: model(tokens)[0])
+def naive(x):
+    print("Python runs, and x is a", type(x).__name__)
+    return x / jnp.sqrt((x**2).mean(axis=1, keepdims=True))
+
+
+table = jnp.arange(16.0).reshape(4, 4)
+compiled = jax.jit(naive)
+print(table, compiled(table), compiled(table + 1), sep="\n\n")
+
+# %% [markdown]
+# Two calls, and Python ran once. It did not even get the table: in place of the array it
+# got a **tracer**, which has a shape and a dtype but no numbers. The tracer wrote down
+# which operations were done to it. That list was compiled, and the second call ran the
+# compiled list at once, without Python.
+#
+# So the first call of a function is special. This is what somebody sees who times the whole
+# model by calling it twelve times. **`eqx.debug.assert_max_traces`** counts how often a
+# function is traced, and raises an error when that is too often. (`block_until_ready` waits
+# until the result is there. We come to that.)
+
+# %%
+once = eqx.debug.assert_max_traces(lambda model, tokens: model(tokens)[0], max_traces=1)
+forward = jax.jit(once)  # [T] to [T, V]
 calls = []
 for _ in range(12):
     start = time.perf_counter()
-    jax.block_until_ready(fresh(package, text))
+    jax.block_until_ready(forward(package, text))
     calls.append(time.perf_counter() - start)
 
 # %%
-figure, axis = plt.subplots(figsize=(7, 3))
-axis.semilogy(range(1, 13), 1000 * np.array(calls))
-axis.set(xlabel="call", ylabel="time (ms)")
-axis.set_xticks(range(1, 13))
+nb05.plot_calls(calls)
 nb.caption(
-    "one slow call, then calls of a few milliseconds. A mean over these would describe "
-    "neither. Compile time and run time are two numbers: report both."
+    "the time of each call, on an axis where each line is ten times the one below. The "
+    "first call traces and compiles, and all others run what it has compiled."
 )
+nb.check("traces in twelve calls", eqx.debug.get_num_traces(forward), eq=1)
 
 # %%
 steady = np.median(calls[2:])
-nb.say(f"The first call took as long as {calls[0] / steady:,.0f} of the later ones.")
+nb.say(
+    f"The first call took as long as {calls[0] / steady:,.0f} of the later ones. A mean "
+    "over twelve calls would describe neither. Compile time and run time are two numbers."
+)
 
 # %% [markdown]
-# And there is a second trap. JAX does not wait: a call returns when the work has been
-# **handed over**, not when it is done. A clock stopped without `block_until_ready`
-# measures the handing over.
+# There is a second trap. JAX does not wait: a call returns when the work has been **handed
+# over**, not when it is done. A clock that is stopped without `block_until_ready` measures
+# the handing over.
 
 # %%
 heavy = jax.jit(lambda x: jnp.linalg.matrix_power(x, 16))
-x = jax.block_until_ready(heavy(jnp.eye(1200)))
+x = jax.block_until_ready(heavy(jnp.eye(700)))
 start = time.perf_counter()
 y = heavy(x)
 handed_over = time.perf_counter() - start
@@ -248,87 +127,260 @@ done = time.perf_counter() - start
 nb.say(f"Handed over after {1000 * handed_over:.2f} ms; done after {1000 * done:.1f} ms.")
 
 # %% [markdown]
-# **Takeaway.** Warm up first, block before stopping the clock, report the compile time
-# apart. `timeit` of `nbtools.py` does so, and gives the median and the quartiles.
+# **Takeaway.** Warm up with 1 call, block before you stop the clock, and report the compile
+# time apart. `timeit` of `nbtools.py` does so, and gives the median and the quartiles.
+#
+# ## Four stages
+#
+# The first call has four stages, and each can be had by itself. **Trace**: run the Python
+# with tracers and write down every operation. The list is called the **jaxpr**, and each
+# line of it is an **equation**. **Lower**: translate it for the compiler, which is called
+# XLA. **Compile**: make machine code. **Run.**
+
+# %%
+traced = jax.jit(naive).trace(table)
+program = traced.lower().compile()
+print(traced.jaxpr.pretty_print(use_color=False))
+
+# %% [markdown]
+# Read a line as "name : dtype[shape] = operation inputs". No class and no Python are left.
+# The package's RMSNorm is such a function too, and it differs from ours in two things: it
+# adds a small `eps`, so that a row of zeros is not divided by zero, and it has a weight for
+# each column.
+
+# %%
+nb.show_source(mx.layers.RMSNorm.__call__)
+norm = mx.layers.RMSNorm(4, 1e-5, dtype=jnp.float32)
+gap = float(jnp.abs(program(table) - norm(table)).max())
+nb.check("max|Δ|, our program and the package's RMSNorm", gap, lt=1e-4)
+
+# %% [markdown]
+# What about a whole model? Its layers are a Python loop. Python runs through the loop while
+# it traces, so the jaxpr has no loop: a model with twice the layers is twice the program.
+#
+# **`jax.lax.scan`** is the other way. It traces **one** step, and says "do this for each
+# row of these arrays". The step gets what is carried along and a row. It gives back what to
+# carry on, and what to collect (here nothing):
+
+# %%
+add = lambda carried, row: (carried + row, None)
+total, _ = jax.lax.scan(add, jnp.zeros(4), table)
+print(total, table.sum(axis=0))
+
+# %% [markdown]
+# To scan over layers, their weights must be rows of arrays. `split` stacks them.
+# **`jax.tree.map`** calls a function with all arrays that stand in the same place of
+# several trees (a **pytree**, such as a model, is a tree with arrays at its leaves).
+# **`eqx.tree_at`** gives a copy of a tree in which one place holds something else. On small
+# trees:
+
+# %%
+one, two = {"w": jnp.ones(2)}, {"w": jnp.zeros(2)}
+print(jax.tree.map(lambda a, b: jnp.stack([a, b]), one, two))
+print(eqx.tree_at(lambda tree: tree["w"], one, 5))
+
+# %% [markdown]
+# And the two models, with the loop and with scan:
+
+
+# %%
+def split(model):  # the model without its layers, and the layers stacked
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *model.layers)
+    return eqx.tree_at(lambda m: m.layers, model, ()), stacked
+
+
+def looped(model, tokens):
+    return model(tokens)[0]
+
+
+def scanned(model, stacked, tokens):
+    positions = jnp.arange(tokens.shape[0], dtype=jnp.int32)
+    places = mx.rope.Places(model.config, positions)
+    body = lambda x, block: (block(x, places, None)[0], None)
+    x, _ = jax.lax.scan(body, model.tok_embeddings(tokens), stacked)
+    return model.logits(x)
+
+
+# %% [markdown]
+# **Predict.** From 1 layer to 16, by what factor does the number of equations grow with
+# scan? And the time to compile with the loop: does it grow 16 times, or clearly less?
+
+# %%
+my_scan = None  # 1, 4 or 16
+my_loop = None  # "16 times" or "clearly less"
+
+# %%
+depths, loop, scan = [1, 4, 16], [], []
+nb05.stages(lambda x: x + 1, text)  # the very first is slow
+for depth in depths:
+    model = mx.Transformer(dataclasses.replace(small, n_layers=depth), key=key)
+    loop.append(nb05.stages(looped, model, text))
+    scan.append(nb05.stages(scanned, *split(model), text))
+apart = float(jnp.abs(loop[-1].result - scan[-1].result).max())
+nb.check("max|Δ| logits, loop and scan, 16 layers", apart, lt=1e-3)
+
+# %% [markdown]
+# Both programs give the same logits. What was it?
+
+# %%
+growth = loop[-1].seconds[2] / loop[0].seconds[2]
+why = {
+    4: "that would grow with the root of the depth. Nothing here does.",
+    16: "that is the loop. Scan holds the step once, whatever it runs over.",
+}
+scan_growth = scan[-1].equations // scan[0].equations
+nb.guess("Equations of scan, 16 layers over 1", my_scan, scan_growth, why=why)
+measured = "clearly less" if growth < 13 else "16 times"
+reason = "the embedding, the output and the compiler's own start are paid once"
+why = {"16 times": reason} if measured == "clearly less" else {}
+nb.guess("Compiling 16 layers over 1, loop", my_loop, measured, why=why)
+
+# %%
+nb05.plot_stages(depths, loop, scan)
+nb.caption(
+    "above, how the first call divides into its stages, with a Python loop over the layers "
+    "and with scan. Below, the size of the program: a straight line for the loop, and a "
+    "flat one for scan."
+)
+
+# %% [markdown]
+# The seconds are this machine's. The counts are not, so they are checked:
+
+# %%
+per_layer = np.diff([made.equations for made in loop]) // np.diff(depths)
+bend = int(per_layer[0] - per_layer[1])
+nb.check("equations that a layer adds, up to 4 layers less beyond", bend, eq=0)
+nb.check("equations that a layer adds", int(per_layer[0]), gt=10)
+more = scan[-1].equations - scan[0].equations
+nb.check("equations of scan, 16 layers less 1 layer", more, eq=0)
+
+# %% [markdown]
+# Why are sixteen layers not sixteen times the seconds? A straight line through the three
+# depths tells what a layer costs, and what is there without any.
+
+# %%
+slope, fixed = np.polyfit(depths, [made.seconds[2] for made in loop], 1)
+nb.say(
+    f"**Takeaway.** In the loop every layer is {per_layer[0]} more equations. In scan "
+    f"there are {scan[0].equations}, whatever the depth. With the loop, 16 layers took "
+    f"{growth:.1f} times as long to compile as one: a layer costs {1000 * slope:.0f} ms, "
+    f"and {fixed:.2f} s are there without any."
+)
+
+# %% [markdown]
+# The package has the loop all the same. Its models are shallow, or compiled once and run
+# for long, and unrolled layers may differ from each other.
 #
 # ## What makes it compile again
 #
-# Compiled code is for the shapes and the static values that it was traced with. Anything
-# else is traced and compiled anew. Twenty prompts of different lengths:
-
-# %%
-lengths = list(range(5, 65, 3))
-model = mx.Transformer(small, key=key)
-counted = jax.jit(eqx.debug.assert_max_traces(lambda m, t: m(t)[0], max_traces=20))
-exact = [counted(model, jnp.asarray(tokens[:n]))[-1] for n in lengths]
-naive = eqx.debug.get_num_traces(counted)
-nb.check("programs compiled for 20 lengths", naive, eq=20)
-
-
-# %% [markdown]
-# Here we know the reason. When you do not, ask: inside `jax.explain_cache_misses`, JAX
-# writes into its log which argument was new, and what the nearest call before had there.
-# (`jax.log_compiles` says when anything is compiled, and how long that took.)
+# A compiled program is for the shapes and dtypes that it was traced with. Anything else is
+# traced and compiled anew. Here are ten prompts of 5 to 59 tokens. The **buckets** are
+# one cure: pad each prompt on the right to the next power of two, 8 at least. Pads come
+# after the text, so a causal model's logits before them are the same.
 #
-# Read its last line as a sentence: *at* this argument, *now* this shape, *before* that
-# one. A static argument that changed is told in the same way. Often the culprit is not a
-# shape at all, but a Python number where an array was meant, or a function that is made
-# anew in a loop and so is never the same function twice. Exercise 1 is about the first.
+# **Predict.** How many programs do the ten prompts need with buckets?
 
 # %%
-said = io.StringIO()
-log, handler = logging.getLogger("jax"), logging.StreamHandler(said)
-log.addHandler(handler)
-with jax.explain_cache_misses(True):
-    counted_here = jax.jit(lambda tokens: 2 * tokens)
-    counted_here(jnp.asarray(tokens[:5]))
-    counted_here(jnp.asarray(tokens[:8]))
-log.removeHandler(handler)
-reasons = [line.strip() for line in said.getvalue().splitlines() if "[" in line]
-print(reasons[-1])
-nb.check("the log names the new shape", "[8]" in reasons[-1], eq=True)
+my_programs = None  # 1, 4 or 10
+
+# %%
+lengths = list(range(5, 65, 6))
+model = mx.Transformer(small, key=key)
+counted = lambda: jax.jit(eqx.debug.assert_max_traces(looped, max_traces=len(lengths)))
+each_length, buckets = counted(), counted()
+exact = [each_length(model, jnp.asarray(tokens[:n]))[-1] for n in lengths]
 
 # %% [markdown]
-# The cure is to have few shapes. **Buckets**: pad each prompt on the right to the next
-# power of two. Pads come after the text, so a causal model's logits before them are the
-# same.
+# And padded. (`array.at[:n].set(...)` is what NumPy writes as `array[:n] = ...`. Arrays of
+# JAX cannot be changed, so it gives back another array.)
 
 # %%
-counted = jax.jit(eqx.debug.assert_max_traces(lambda m, t: m(t)[0], max_traces=4))
-gap = 0.0
+gaps = []
 for n, expected in zip(lengths, exact):
-    bucket = max(8, 1 << (n - 1).bit_length())
+    bucket = max(8, 1 << (n - 1).bit_length())  # the next power of two
     padded = jnp.zeros(bucket, jnp.int32).at[:n].set(jnp.asarray(tokens[:n]))
-    gap = max(gap, float(jnp.abs(counted(model, padded)[n - 1] - expected).max()))
-bucketed = eqx.debug.get_num_traces(counted)
+    gaps.append(float(jnp.abs(buckets(model, padded)[n - 1] - expected).max()))
+naive_programs, bucketed = map(eqx.debug.get_num_traces, (each_length, buckets))
 
 # %%
-nb.check("programs compiled with buckets", bucketed, eq=4)
-nb.check("max|Δ| logits, padded and not", gap, lt=1e-4)
+why = {
+    1: "a single size would have to be 64, and pad the prompt of 5 with 59 zeros.",
+    10: "that is without buckets: every length is a shape of its own.",
+}
+nb.guess("Programs with buckets", my_programs, bucketed, why=why)
+nb.check("programs compiled for 10 lengths", naive_programs, eq=10)
+nb.check("programs compiled with buckets of 8, 16, 32 and 64", bucketed, eq=4)
+nb.check("max|Δ| logits, padded and not", max(gaps), lt=1e-4)
 
 # %% [markdown]
-# The package does without pads on a single prompt, and with a bound for prompts of *any*
-# length: it reads them in chunks, each as large as it may be, or a power of two below.
+# Here we know the reason. When you do not, ask JAX. Inside **`jax.explain_cache_misses`**
+# it writes into its log which argument was new, and what the nearest call before had there.
+# (`jax.log_compiles` says when anything is compiled, and how long that took.)
+
+# %%
+double = jax.jit(lambda tokens: 2 * tokens)
+said = nb05.reasons(lambda: [double(jnp.asarray(tokens[:n])) for n in (5, 8)])
+print(said[-1])
+nb.check("the log names the new shape", "[8]" in said[-1], eq=True)
+
+# %% [markdown]
+# Read the line as a sentence: *at* this argument, *now* this shape, *before* that one. A
+# static argument that changed is told in the same way. Often the culprit is not a shape at
+# all, but a Python number where an array was meant, or a function that is made anew in a
+# loop and so is never the same function twice. Exercise 1 is about the first. Here is the
+# second, in three lines:
+
+# %%
+traces = []
+for step in range(3):
+    jax.jit(lambda x: traces.append(step) or 2 * x)(table)  # a new function each time
+nb.check("traces of three functions that look the same", len(traces), eq=3)
+
+# %%
+nb.say(
+    f"**Takeaway.** Ten lengths are {naive_programs} programs if one lets them, and "
+    f"{bucketed} with buckets. `eqx.debug.assert_max_traces` turns a recompilation from a "
+    "mystery into an error, and `jax.explain_cache_misses` names its cause."
+)
+
+# %% [markdown]
+# ## A handful of programs for any length
+#
+# The package does without pads on a single prompt. It reads a prompt in **chunks**, each as
+# large as it may be, or else a power of two below. The cache carries what was read from
+# chunk to chunk (notebook [04](04_the_rolling_buffer.ipynb)). The chunk is a knob. We use
+# 16 here so that prompts of 59 tokens have several; by default it is 256 on a CPU.
 
 # %%
 nb.show_source(mx.cache.chunk_sizes)
 
 # %%
-counted = jax.jit(eqx.debug.assert_max_traces(lambda m, t, c: m(t, c), max_traces=5))
+chunk = nb.knob(16, of=(8, 16))
+lengths = list(range(5, 65, 6))
+model = mx.Transformer(small, key=key)
+run = eqx.debug.assert_max_traces(lambda m, tokens, cache: m(tokens, cache), max_traces=9)
+read, calls_made = jax.jit(run), 0
 for n in lengths:
-    cache = mx.Cache(small, jnp.int32(0), chunk=16, max_length=256, dtype=jnp.float32)
+    cache = mx.Cache(small, jnp.int32(0), chunk=chunk, max_length=256, dtype=jnp.float32)
     start = 0
-    for size in mx.cache.chunk_sizes(0, n, chunk=16, slots=cache.slots):
-        logits, cache = counted(model, jnp.asarray(tokens[start : start + size]), cache)
-        start += size
-chunked = eqx.debug.get_num_traces(counted)
-nb.check("programs compiled in chunks of up to 16", chunked, eq=5)
+    for size in mx.cache.chunk_sizes(0, n, chunk=chunk, slots=cache.slots):
+        logits, cache = read(model, jnp.asarray(tokens[start : start + size]), cache)
+        start, calls_made = start + size, calls_made + 1
 
 # %%
+chunked = eqx.debug.get_num_traces(read)
+powers = chunk.bit_length()  # 1, 2, 4, ... up to the chunk
+nb.check("programs compiled in chunks", chunked, eq=powers)
+whole = model(jnp.asarray(tokens[:n]))[0][-1]
+nb.check(
+    "max|Δ| logits, in chunks and at once",
+    float(jnp.abs(logits[-1] - whole).max()),
+    lt=1e-4,
+)
 nb.say(
-    f"**Takeaway.** Twenty lengths are {naive} programs if one lets them, {bucketed} with "
-    f"buckets and {chunked} in chunks. `eqx.debug.assert_max_traces` turns a recompilation "
-    "from a mystery into an error."
+    f"**Takeaway.** In chunks of up to {chunk}, {len(lengths)} prompts are {calls_made} "
+    f"calls of {chunked} programs, without a single pad. A prompt of any other length "
+    "needs no program more."
 )
 
 # %% [markdown]
@@ -336,32 +388,36 @@ nb.say(
 #
 # A JAX function may not change its input, so a step that returns an updated cache makes a
 # whole new one: two caches, and a copy for every token. **Donation** is the promise not
-# to use the input again; the compiler then writes into its memory. In Equinox it is a
-# word: `eqx.filter_jit(donate="all-except-first")`, as in `decode`, whose first argument
-# is the model. The compiler tells what it shares:
+# to use the input again. The compiler then writes into its memory. In `jax.jit` the promise
+# is `donate_argnums=`, the numbers of the arguments. In Equinox it is a word,
+# `eqx.filter_jit(donate="all-except-first")`: all but the first argument, which is the
+# model. On a small array, the input is gone afterwards:
 
 # %%
-cache = mx.Cache(package.config, jnp.int32(0), chunk=1, max_length=256, dtype=jnp.float32)
+bump = jax.jit(lambda x: x + 1, donate_argnums=0)
+x = jnp.zeros(4)
+print(bump(x), x.is_deleted())
+
+# %% [markdown]
+# How much of a step's cache is shared? The compiler tells: `lower(...).compile()` compiles
+# without running, and `memory_analysis()` of the compiled program has the bytes that input
+# and output share.
+
+# %%
+cache = mx.Cache(package.config, jnp.int32(0), chunk=1, max_length=64, dtype=jnp.float32)
 one_token = jnp.asarray(tokens[:1])
 step = lambda model, token, cache: model(token, cache)
 shared = {}
 for name, donated in (("kept", ()), ("donated", (2,))):
-    compiled = (
-        jax.jit(step, donate_argnums=donated).lower(package, one_token, cache).compile()
-    )
-    shared[name] = compiled.memory_analysis().alias_size_in_bytes
-cache_bytes = sum(x.nbytes for x in jax.tree.leaves(cache))
+    lowered = jax.jit(step, donate_argnums=donated).lower(package, one_token, cache)
+    shared[name] = lowered.compile().memory_analysis().alias_size_in_bytes
 
 # %%
+cache_bytes = sum(x.nbytes for x in jax.tree.leaves(cache))
 nb.table(["the cache is", "bytes shared by input and output"], [*shared.items()])
 nb.check("bytes shared without donation", shared["kept"], eq=0)
-nb.check(
-    "bytes shared with donation, over the cache's",
-    shared["donated"] / cache_bytes,
-    near=1.0,
-)
-
-# %%
+share = shared["donated"] / cache_bytes
+nb.check("shared with donation, over the cache's own", share, near=1.0)
 nb.say(
     f"**Takeaway.** Donated, all {cache_bytes / 1024:.0f} KiB of the cache are updated in "
     "place; otherwise they would be copied for every token."
@@ -370,65 +426,81 @@ nb.say(
 # %% [markdown]
 # ## Two ports and torch: tokens a second
 #
-# Now the benchmark. Five ways to write 24 tokens behind a prompt of 16:
+# Now the benchmark. Here are five ways to write 16 tokens behind one word (and the mark of
+# the beginning), for one text and for eight at once:
 #
 # 1. **one file, eager**: operation by operation, as torch works;
 # 2. **one file, jit**: its forward pass compiled, a Python loop around it;
 # 3. **package, a call a token**: the package's model in the same Python loop;
-# 4. **package, loop on the device**: `generate`, whose loop is a `jax.lax.while_loop`
-#    inside the compiled program, so Python is only asked once for 24 tokens;
+# 4. **package, loop on the device**: `generate`, whose loop is a `jax.lax.while_loop`.
+#    That is a loop *inside* the compiled program, so Python is asked once for all tokens;
 # 5. **torch, eager**, on one thread, which is enough for so small a model.
 #
-# **Predict.** How many times faster is 4 than 1?
+# **Predict.** At a batch of 1, how many times as many tokens a second does 4 write as 1?
+# And does most of that come from the compiler (from 1 to 2) or from the package's own
+# program and its loop (from 2 to 4)?
 
 # %%
-my_speedup = None  # a factor
+my_speedup = None  # about 2, 5 or 20
+my_source = None  # "the compiler" or "the package"
 
 # %%
-NEW = 24
-candidates = [[tokens[0], *tokens[i : i + 15]] for i in range(1, 240, 8)]
-# Those that the tokenizer would cut in the same way: `generate` takes texts.
-candidates = [c for c in candidates if tokenizer.encode(tokenizer.decode(c)) == c]
-prompts = {batch: candidates[:batch] for batch in (1, 8)}
+NEW = 16
+words = list(dict.fromkeys(tokens[1:]))  # each once
+prompts = {batch: [[tokens[0], word] for word in words[:batch]] for batch in (1, 8)}
+
+
+def write_greedily(
+    run, prompts, cache
+):  # a Python loop, greedy: the most probable token is next
+    text, made = jnp.asarray(prompts), []  # [B, 2]
+    token = text[:, :1]
+    for position in range(1 + NEW):
+        logits, cache = run(token, position, cache)
+        token = text[:, 1:] if position == 0 else logits[:, -1:].argmax(-1)
+        made.append(token)
+    return jnp.concatenate(made[1:], axis=1)  # [B, NEW]
+
+
+# %% [markdown]
+# The package's model is for one text. **`jax.vmap`** makes a function of a batch of it:
+# `in_axes` says which axis of each argument is the batch's, and `cache.axes` is the
+# package's answer for a cache. Two lines show it on our table. (In `batched`, below, model
+# and tokens come as one argument, the first, so that only the cache is donated: we still
+# need the tokens.)
+
+# %%
+dot = lambda row, weights: row @ weights
+print(jax.vmap(dot, in_axes=(0, None))(table, jnp.ones(4)))
+
+
+# %%
+@eqx.filter_jit(donate="all-except-first")
+def batched(fixed, cache):
+    (model, tokens), axes = fixed, (0, cache.axes)
+    return jax.vmap(model, in_axes=axes, out_axes=axes)(tokens, cache)
 
 
 def write_one_file(prompts, forward=one_file_ref.Transformer.forward):
-    caches = one_file.empty_cache(len(prompts), 16 + NEW)
-    logits, caches = forward(one_file, jnp.asarray(prompts), jnp.arange(16), caches)
-    made = [logits[:, -1].argmax(-1)]
-    for position in range(16, 15 + NEW):
-        at = jnp.asarray([position])
-        logits, caches = forward(one_file, made[-1][:, None], at, caches)
-        made.append(logits[:, -1].argmax(-1))
-    return jnp.stack(made, axis=1)
+    run = lambda token, at, cache: forward(one_file, token, jnp.asarray([at]), cache)
+    return write_greedily(run, prompts, one_file.empty_cache(len(prompts), 2 + NEW))
 
 
 def write_eagerly(prompts):  # what `filter_jit` was put around, as it is
     return write_one_file(prompts, one_file_ref.Transformer.forward.__wrapped__)
 
 
-# %%
-@eqx.filter_jit(donate="all-except-first")
-def batched(model, tokens, cache):
-    axes = (0, cache.axes)
-    logits, cache = jax.vmap(model, in_axes=axes, out_axes=axes)(tokens, cache)
-    return logits[:, -1].argmax(-1), cache
-
-
 def write_package(prompts):
-    padding = jnp.zeros(len(prompts), jnp.int32)
-    cache = mx.Cache(package.config, padding, chunk=16, max_length=64, dtype=jnp.float32)
-    token, cache = batched(package, jnp.asarray(prompts), cache)
-    made = [token]
-    for _ in range(NEW - 1):
-        token, cache = batched(package, made[-1][:, None], cache)
-        made.append(token)
-    return jnp.stack(made, axis=1)
+    rows, options = jnp.zeros(len(prompts), jnp.int32), dict(chunk=1, max_length=64)
+    cache = mx.Cache(package.config, rows, dtype=jnp.float32, **options)
+    run = lambda token, at, cache: batched((package, token), cache)
+    return write_greedily(run, prompts, cache)
 
 
+# %%
 def write_on_device(prompts):
-    texts = [tokenizer.decode(prompt) for prompt in prompts]
-    return [c.tokens for c in mx.generate(package, tokenizer, texts, max_tokens=NEW)]
+    rows = mx.generation.generate(package, prompts, max_tokens=NEW, key=key)
+    return [row.tokens for row in rows]
 
 
 def write_torch(batch):
@@ -438,10 +510,6 @@ def write_torch(batch):
         return torch_mistral.greedy(twin, prompts[batch], NEW)
 
     return answer
-
-
-def time_torch(batch):
-    return lambda twin: nb.timeit(lambda: write_torch(batch)(twin), repeats=5)
 
 
 # %% [markdown]
@@ -454,136 +522,147 @@ ways = {
     "package, a call a token": write_package,
     "package, loop on the device": write_on_device,
 }
-for batch in (1, 8):
+for batch in prompts:
     expected = oracle(f"tokens {batch}", write_torch(batch)).astype(int).tolist()
-    for name, write in ways.items():
-        same = np.asarray(write(prompts[batch])).tolist() == expected
+    for name, run in ways.items():
+        same = np.asarray(run(prompts[batch])).tolist() == expected
         nb.check(f"{name}, batch {batch}: the tokens of torch", same, eq=True)
 
 # %%
 timings = {}
-for batch in (1, 8):
-    for name, write in ways.items():
-        repeats = 5
-        timings[name, batch] = nb.timeit(lambda: write(prompts[batch]), repeats=repeats)
-    timings["torch, eager", batch] = oracle(f"seconds {batch}", time_torch(batch))
+for batch in prompts:
+    runs = {name: lambda run=run: run(prompts[batch]) for name, run in ways.items()}
+    for name, seconds in nb05.race(runs, rounds=5).items():
+        timings[name, batch] = seconds
+    by_torch = lambda twin: nb.timeit(lambda: write_torch(batch)(twin), repeats=5)
+    timings["torch, eager", batch] = oracle(f"seconds {batch}", by_torch)
+
+# %% [markdown]
+# All eight are right, so the clock may run. `nb05.race` calls the four ways in turn, five
+# times, so that a busy moment of the machine meets all of them.
 
 # %%
 names = [*ways, "torch, eager"]
-figure, axes = plt.subplots(2, 1, figsize=(7, 5.6))
-for axis, batch in zip(axes, (1, 8)):
-    for i, name in enumerate(names):
-        median, low, high = (NEW * batch / seconds for seconds in timings[name, batch])
-        shade = ["#bbbbbb", "#999999", "#5b8db8", "#123f66", "#e07b00"][i]
-        axis.barh(i, median, color=shade)
-        axis.errorbar(
-            median,
-            i,
-            xerr=[[median - high], [low - median]],
-            color="k",
-            capsize=3,
-            marker="",
-        )
-        axis.text(max(median, low), i, f"  {median:,.0f}", va="center")
-    axis.set_yticks(range(len(names)), names)
-    axis.invert_yaxis()
-    axis.margins(x=0.15)
-    axis.set_title(f"batch of {batch}", fontsize=11)
-axes[1].set_xlabel("tokens a second, prompt included (median and quartiles)")
+nb05.plot_rates(timings, names, NEW)
 nb.caption(
-    "the bars are the same model, the same weights and the same tokens. The grey ones "
-    "are the reference's program, without and with a compiler; the blue ones the "
-    "package's, with the loop outside and inside the compiled program; the orange one is "
-    "torch."
+    "tokens a second, the median of five runs with quartiles. The bars are the same "
+    "model, the same weights and the same tokens. The two grey ones are the reference's "
+    "program, without and with a compiler. The two blue ones are the package's, with the "
+    "loop outside and inside the compiled program. The orange one is torch."
 )
 
 # %%
 rate = lambda name, batch: NEW * batch / timings[name, batch][0]
-nb.table(
-    ["tokens a second", "batch 1", "batch 8"],
-    [[name, f"{rate(name, 1):,.0f}", f"{rate(name, 8):,.0f}"] for name in names],
+rows = [[name, f"{rate(name, 1):,.0f}", f"{rate(name, 8):,.0f}"] for name in names]
+nb.table(["tokens a second", "batch 1", "batch 8"], rows)
+by_compiler = rate("one file, jit", 1) / rate("one file, eager", 1)
+by_package = rate("package, loop on the device", 1) / rate("one file, jit", 1)
+speedup = by_compiler * by_package
+nearest = min((2, 5, 20), key=lambda n: abs(np.log(speedup / n)))
+reason = f"eager starts hundreds of operations for a token. It is {speedup:.0f} times."
+why = {n: reason for n in (2, 5) if n != nearest}
+nb.guess(
+    "Loop on the device over eager, the nearest of these", my_speedup, nearest, why=why
 )
-speedup = rate("package, loop on the device", 1) / rate("one file, eager", 1)
-nb.guess("Loop on the device over eager", my_speedup, f"{speedup:.0f}x")
+source = "the compiler" if by_compiler > by_package else "the package"
+why = "eager starts every small operation of a token by itself; they are counted below."
+why = {"the package": why} if source == "the compiler" else {}
+nb.guess("Most of it comes from", my_source, source, why=why)
 
 # %% [markdown]
-# The difference in code, bar by bar: from the first to the second, one decorator,
-# `eqx.filter_jit`, which turns hundreds of dispatched operations into one call. From the
-# second to the third, a cache that is donated and written in place, and keys that are not
-# repeated for each query head. To the fourth, the loop moves into the program, and Python
-# and its dispatch drop out of every token.
-#
+# The difference in code, bar by bar. From the first to the second: one decorator,
+# `eqx.filter_jit`. How many operations does it turn into one call? We count the equations
+# of a step. From the second to the third: the cache is donated, and keys are not repeated
+# for each query head. From the third to the fourth, the loop moves into the program.
+
+# %%
+eager = one_file_ref.Transformer.forward.__wrapped__
+arguments = one_file, text[None, :1], jnp.asarray([0]), one_file.empty_cache(1, 64)
+operations = nb05.equations(jax.make_jaxpr(eager)(*arguments).jaxpr)
+nb.check("operations that eager dispatches for a token", operations, gt=100)
+
+# %% [markdown]
+# And a **`while_loop`** that counts to 9 is one equation, whatever number of turns it
+# makes. It gets the condition, the step, and what to start with:
+
+# %%
+count = lambda x: jax.lax.while_loop(lambda x: x < 9, lambda x: x + 1, x)
+print(jax.make_jaxpr(count)(0).pretty_print(use_color=False))
+
+# %% [markdown]
 # How far the last step leads depends on how much a token costs. What Python and its
 # dispatch take of a token's time is the difference between the two blue bars:
 
 # %%
-python = {}
-for batch in (1, 8):
-    inside = rate("package, loop on the device", batch)
-    python[batch] = 1 - rate("package, a call a token", batch) / inside
+outside = lambda batch: rate("package, a call a token", batch)
+python = {b: 1 - outside(b) / rate("package, loop on the device", b) for b in prompts}
 nb.say(
-    f"With the loop in Python, {python[1]:.0%} of a token's time go into Python and its "
-    f"dispatch at a batch of 1, and {python[8]:.0%} at a batch of 8. The compiler alone "
-    f"(from the first bar to the second) makes this port "
-    f"{rate('one file, jit', 1) / rate('one file, eager', 1):.0f} times as fast, and the "
-    "package's program and its loop "
-    f"{rate('package, loop on the device', 1) / rate('one file, jit', 1):.1f} times more. "
-    "A model of 7 billion parameters reads 14 GB of weights for each token, beside which "
-    "Python's share is small."
+    f"**Takeaway.** One call stands for {operations:,} operations. The compiler alone "
+    f"(from the first bar to the second) makes this port {by_compiler:.0f} times as fast, "
+    f"and the package's program and its loop {by_package:.1f} times more. With the loop in "
+    f"Python, {max(0, python[1]):.0%} of a token's time go into Python and its dispatch at "
+    f"a batch of 1, and {max(0, python[8]):.0%} at a batch of 8. A model of 7 billion "
+    f"parameters reads {7e9 * 2 / 1e9:.0f} GB of weights for each token, beside which that "
+    "is small."
 )
 
 # %% [markdown]
 # ## Does scan pay in decoding?
 #
-# Of a deep model it compiles faster. In decoding each step reads every weight once, from a
-# stack or from separate arrays.
+# A deep model compiles faster with scan. Does it run as fast? In decoding, each step reads
+# every weight once, from a stack or from separate arrays. `scan` also collects: the second
+# thing that its step gives back, here the ring of each layer, becomes a row of the result.
 
 
 # %%
 def scanned_step(model, stacked, rings, token, length):
     positions = jnp.atleast_1d(length)
     places = mx.rope.Places(model.config, positions, length)
-
-    def body(x, layer):
-        block, ring = layer
-        return block(x, places, ring)
-
+    body = lambda x, layer: layer[0](x, places, layer[1])
     x, rings = jax.lax.scan(body, model.tok_embeddings(token), (stacked, rings))
     return model.logits(x), rings
 
 
 bare, stacked = split(package)
-cache = mx.Cache(package.config, jnp.int32(0), chunk=1, max_length=64, dtype=jnp.float32)
 rings = jax.tree.map(lambda *leaves: jnp.stack(leaves), *cache.layers)
 
 # %%
-looped, with_scan = jax.jit(step), jax.jit(scanned_step)
-a, _ = looped(package, one_token, cache)
-b, _ = with_scan(bare, stacked, rings, one_token, jnp.int32(0))
-nb.check(
-    "max|Δ| logits of a decode step, loop and scan", float(jnp.abs(a - b).max()), lt=1e-4
+with_loop, with_scan = jax.jit(step), jax.jit(scanned_step)
+looping, scanning = (
+    (package, one_token, cache),
+    (bare, stacked, rings, one_token, jnp.int32(0)),
 )
-looping = nb.timeit(lambda: looped(package, one_token, cache), repeats=31)
-scanning = nb.timeit(
-    lambda: with_scan(bare, stacked, rings, one_token, jnp.int32(0)), repeats=31
-)
+apart = float(jnp.abs(with_loop(*looping)[0] - with_scan(*scanning)[0]).max())
+nb.check("max|Δ| logits of a decode step, loop and scan", apart, lt=1e-4)
+
+# %%
+seconds = [
+    nb.timeit(lambda: with_loop(*looping), repeats=31),
+    nb.timeit(lambda: with_scan(*scanning), repeats=31),
+]
+handing = [nb05.hand_over(*looping), nb05.hand_over(*scanning)]
+arrays = [len(jax.tree.leaves(arguments)) for arguments in (looping, scanning)]
+milliseconds = lambda timings: [f"{1000 * timing.median:.2f}" for timing in timings]
+columns = arrays, milliseconds(handing), milliseconds(seconds)
+header = ["a decode step with", "arrays handed over", "handing over (ms)", "in all (ms)"]
+nb.table(header, [[name, *row] for name, *row in zip(("loop", "scan"), *columns)])
+nb.check("arrays handed over, loop less scan", arrays[0] - arrays[1], gt=50)
+
+# %% [markdown]
+# (The third column is a compiled function that gets the same arrays and does nothing.)
 
 # %%
 nb.say(
-    f"**Takeaway.** A decode step takes {1000 * looping.median:.2f} ms with the loop and "
-    f"{1000 * scanning.median:.2f} ms with scan, on this machine and at this size: "
-    f"{scanning.median / looping.median:.1f} times as long. Part of that is the call "
-    f"itself, which hands over {len(jax.tree.leaves((package, cache)))} arrays in one "
-    f"case and {len(jax.tree.leaves((bare, stacked, rings)))} in the other. Scan saves "
-    "compile time; what it does to run time is to be measured where it matters."
+    f"**Takeaway.** On this machine and at this size a decode step with scan takes "
+    f"{seconds[1].median / seconds[0].median:.1f} times as long as with the loop. Scan "
+    "saves compile time. What it does to run time is to be measured where it matters."
 )
 
 # %% [markdown]
 # ## Exercises
 #
 # **Exercise 1: find the culprit** (● 5 minutes). `scaled` is called ten times with steps
-# 0 to
-# 9. In which of these is it traced ten times?
+# 0 to 9. In which of these is it traced ten times?
 #
 # ```python
 # scaled = eqx.filter_jit(lambda x, step: x * step)
@@ -630,7 +709,8 @@ ex05.check_buckets(buckets)
 #
 # <details><summary>Hint</summary>
 #
-# `jax.jit` makes an array of a Python number, `eqx.filter_jit` a constant.
+# Of the two ways to compile in this notebook, one makes an array of a Python number, and
+# the other a constant.
 #
 # </details>
 #
@@ -648,16 +728,33 @@ ex05.check_compile_once(compile_once)
 # ## Recap
 
 # %%
+answers = [
+    [
+        "the first seconds",
+        f"trace, lower and compile, {calls[0] / steady:,.0f} later calls",
+    ],
+    [
+        "a new shape",
+        f"a new program: {naive_programs} for 10 lengths, {bucketed} in buckets",
+    ],
+    ["a layer more", f"{per_layer[0]} equations in the loop, none in scan"],
+    ["a donated cache", f"{cache_bytes / 1024:.0f} KiB updated in place, and not copied"],
+    ["a loop on the device", f"{speedup:.0f} times the tokens a second of eager"],
+]
+nb.table(["what", "what it does"], answers)
+
+# %%
 nb.recap()
 
 # %%
+size = nb05.equations(jax.make_jaxpr(looped)(package, text).jaxpr)
 nb.say(
-    "**The answer.** The first seconds go into compiling a program of "
-    f"{equations(forward.trace(package, text).jaxpr.jaxpr):,} equations; it is compiled "
-    "again for every new shape, of which the package has a handful. It is fast because "
-    "all of a token, and the loop over tokens, is one program that updates its cache in "
-    f"place: {speedup:.0f} times the tokens a second of running it operation by operation, "
-    "most of them from the compiler, as the bars say."
+    f"**The answer.** The first seconds go into compiling a program of {size:,} equations. "
+    "It is compiled again for every new shape, of which the package has a handful. It is "
+    "fast because all of a token, and the loop over tokens, is one program that updates "
+    f"its cache in place: {speedup:.0f} times the tokens a second of running it operation "
+    f"by operation. {by_compiler:.1f} times come from the compiler, and {by_package:.1f} "
+    "from the package's program and its loop."
 )
 
 # %% [markdown]
@@ -669,5 +766,5 @@ nb.say(
 # high-level tracing* (2018); Kidger & Garcia, arXiv 2111.00254 (filtered
 # transformations); Pope et al., arXiv 2211.05102, §2 (what decoding costs).
 #
-# **Before**: [04 The rolling buffer](04_the_rolling_buffer.ipynb). All notebooks:
+# **Next**: [06 Choosing the next token](06_choosing_the_next_token.ipynb). All notebooks:
 # [README.md](README.md).
