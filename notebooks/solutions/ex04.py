@@ -1,54 +1,51 @@
 """Right and wrong answers to the exercises of notebook 04. The notebook shows the right."""
 
-import mistral_eqx as mx
+import jax
+import jax.numpy as jnp
 
 
-def slot(position, slots):
-    return position % slots
+def seen(position, written, window, slots):
+    oldest = max(0, position - window + 1, written - slots)
+    return {token % slots for token in range(oldest, position + 1)}
 
 
-def slot_wrong(position, slots):
-    return min(position, slots - 1)
+def seen_wrong(position, written, window, slots):
+    oldest = max(0, position - window, written - slots)
+    return {token % slots for token in range(oldest, position + 1)}
 
 
-def slot_wrong_2(position, slots):
-    return position // slots
+def seen_wrong_2(position, written, window, slots):
+    return {token % slots for token in range(position - window + 1, position + 1)}
 
 
-def slot_wrong_3(position, slots):
-    return position % (slots - 1)
+def seen_wrong_3(position, written, window, slots):
+    oldest = max(0, position - window + 1)
+    return {token % slots for token in range(oldest, position + 1)}
 
 
-def held_by(slot, written, slots):
-    last = written - 1
-    token = last - (last - slot) % slots
-    return token if token >= 0 else None
+def write_chunk(ring, rows, length):
+    places = (length + jnp.arange(len(rows))) % len(ring)
+    return ring.at[places].set(rows)
 
 
-def held_by_wrong(slot, written, slots):
-    return written - written % slots + slot
+def write_chunk_wrong(ring, rows, length):
+    start = length % len(ring)
+    return jax.lax.dynamic_update_slice_in_dim(ring, rows, start, axis=0)
 
 
-def held_by_wrong_2(slot, written, slots):
-    return slot
+def write_chunk_wrong_2(ring, rows, length):
+    return ring.at[length % len(ring) + jnp.arange(len(rows))].set(rows)
 
 
-def held_by_wrong_3(slot, written, slots):
-    last = written - 1
-    return last - (last - slot) % slots
+def write_chunk_wrong_3(ring, rows, length):
+    start = length % len(ring)
+    start = start if start + len(rows) <= len(ring) else 0
+    return jax.lax.dynamic_update_slice_in_dim(ring, rows, start, axis=0)
 
 
-def unrotate(keys, cos, sin):
-    return mx.rope.rotate(keys, cos, -sin)
-
-
-def unrotate_wrong(keys, cos, sin):
-    return mx.rope.rotate(keys, sin, cos)
-
-
-def unrotate_wrong_2(keys, cos, sin):
-    return mx.rope.rotate(keys, cos, sin)
-
-
-def unrotate_wrong_3(keys, cos, sin):
-    return mx.rope.rotate(keys, -cos, sin)
+# 4,095 + 1,000 slots, rounded up to 6,000, in each of which 32 layers keep keys and values
+# of 8 heads that are 128 wide, in numbers of two bytes.
+cache_mib = -(-(4095 + 1000) // 1000) * 1000 * 32 * 2 * 8 * 128 * 2 / 2**20
+cache_mib_wrong = 4096 * 32 * 2 * 8 * 128 * 2 / 2**20
+cache_mib_wrong_2 = 5095 * 32 * 2 * 8 * 128 * 2 / 2**20
+cache_mib_wrong_3 = 6000 * 32 * 2 * 32 * 128 * 2 / 2**20

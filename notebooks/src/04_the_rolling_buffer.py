@@ -21,7 +21,7 @@
 #   that it has never seen.
 # - **Torch**: live if installed, else its recorded answers.
 # - **Predict first**: what sits in slot 20 after 150 tokens? Which broken cache is right
-#   for the longest? How many slots does a ring need for chunks of 100?
+#   for the longest? How many slots does a ring need for chunks of 96?
 #
 # The letters: `T` tokens, `W` window, `L` layers, `K` key and value heads, `H` query
 # heads, `V` vocabulary; see [README.md](README.md). A comment such as `# [T, V]` gives the
@@ -574,21 +574,21 @@ nb.say(
 # the whole chunk has been written.
 #
 # **Predict.** The window is 64. How many slots does the package's ring have for chunks of
-# 100 tokens?
+# 96 tokens?
 
 # %%
-my_slots = None  # 64, 100, 163 or 200
+my_slots = None  # 64, 96, 159 or 192
 
 # %%
 nb.guess(
-    "Slots for chunks of 100",
+    "Slots for chunks of 96",
     my_slots,
-    mx.cache.ring_size(64, chunk=100, max_length=4096),
+    mx.cache.ring_size(64, chunk=96, max_length=4096),
     why={
-        64: "a chunk of 100 would write over its own beginning.",
-        100: "then the chunk fills the ring, and its first query finds none of the 63 "
+        64: "a chunk of 96 would write over its own beginning.",
+        96: "then the chunk fills the ring, and its first query finds none of the 63 "
         "tokens before it.",
-        163: "63 + 100 are needed, but a chunk is written as one block, and may not run "
+        159: "63 + 96 are needed, but a chunk is written as one block, and may not run "
         "over the ring's end. So the ring is a multiple of the chunk.",
     },
 )
@@ -625,10 +625,10 @@ in_text = np.asarray(in_ring).tolist()
 nb.check("the ring is in the order of the text", in_text == sorted(in_text), eq=False)
 
 # %% [markdown]
-# Now the 256 tokens in chunks of several sizes, which are a knob. Do the logits depend on
-# the chunk? They should not. For each size we also count the calls (pieces of the prompt)
-# and the different programs that have to be compiled for them, and ask for the program's
-# **temporary memory**: what it needs beside weights, cache and tokens.
+# Now the 256 tokens in chunks of several sizes, 96 among them. The sizes are a knob. Do the
+# logits depend on the chunk? They should not. For each size we also count the calls (pieces
+# of the prompt) and the different programs that have to be compiled for them, and ask for
+# the program's **temporary memory**: what it needs beside weights, cache and tokens.
 # `jax.jit(f).lower(...).compile()` compiles without running, and the compiled program's
 # `memory_analysis()` tells that number. Three lines show it:
 
@@ -726,65 +726,76 @@ nb.say(
 # %% [markdown]
 # ## Exercises
 #
-# **Exercise 1: the slot** (● 2 minutes). Where does a token go?
+# **Exercise 1: the slots of a query** (●● 10 minutes). `written` tokens have gone into
+# a ring. Give the set of slots that the query at `position` may see. The query may be
+# anywhere in the last chunk, so later tokens may be in the ring already. The ring may also
+# be too short, so some tokens of the window may be gone. The checker asks the package's
+# cache and its mask.
 #
 # <details><summary>Hint</summary>
 #
-# One operator.
+# Which token is the oldest that the query sees? There are three limits: the text begins at
+# token 0, the window is `window` tokens, and the ring holds only the last `slots` of the
+# `written` ones.
 #
 # </details>
 #
-# {{solution:slot}}
+# {{solution:seen}}
 
 
 # %%
-def slot(position, slots):
+def seen(position, written, window, slots):
     return NotImplemented
 
 
-ex04.check_slot(slot)
+ex04.check_seen(seen)
 
 # %% [markdown]
-# **Exercise 2: and the way back** (●● 10 minutes). Which token does a slot hold after
-# `written` tokens? `None` if it was never written. The checker asks the package's cache.
+# **Exercise 2: repair the ring** (●● 10 minutes). A colleague saves memory. For chunks of 4
+# tokens a ring of 63 + 4 = 67 slots holds all that is needed, so it is not rounded up to
+# 68. The logits are right for 64 tokens and wrong after them, and no error is raised.
+# Repair the function, and keep the 67 slots:
+#
+# ```python
+# def write_chunk(ring, rows, length):  # [slots, d], [chunk, d], tokens written before
+#     start = length % len(ring)
+#     return jax.lax.dynamic_update_slice_in_dim(ring, rows, start, axis=0)
+# ```
 #
 # <details><summary>Hint</summary>
 #
-# Start at the last token, `written - 1`, and go back as far as its slot is ahead of
-# yours.
+# Into which slots do tokens 64 to 67 belong? They are not one block. In JAX
+# `ring.at[places].set(rows)` writes each row to a place of its own.
 #
 # </details>
 #
-# {{solution:held_by}}
+# {{solution:write_chunk}}
 
 
 # %%
-def held_by(slot, written, slots):
+def write_chunk(ring, rows, length):
     return NotImplemented
 
 
-ex04.check_held_by(held_by)
+ex04.check_write_chunk(write_chunk)
 
 # %% [markdown]
-# **Exercise 3: unrotate** (●● 5 minutes). Given keys from a cache and the cosine and sine
-# of their positions, give back the keys before RoPE, with `mx.rope.rotate`.
+# **Exercise 3: the price of long chunks** (●● 5 minutes). The released Mistral 7B reads
+# 32,768 tokens in bfloat16 with this package, in chunks of 1,000. How many MiB (2²⁰ bytes)
+# is its cache? The model's sizes are in `mistral_7b` above.
 #
 # <details><summary>Hint</summary>
 #
-# A rotation is undone by turning the other way: which of cosine and sine changes its
-# sign?
+# First the slots of one ring: the window, the chunk, and the rounding, as in `ring_size`.
+# Then the numbers in each slot (keys and values), over all layers. Last, two bytes each.
 #
 # </details>
 #
-# {{solution:unrotate}}
-
+# {{solution:cache_mib}}
 
 # %%
-def unrotate(keys, cos, sin):
-    return NotImplemented
-
-
-ex04.check_unrotate(unrotate)
+cache_mib = NotImplemented
+ex04.check_cache_mib(cache_mib)
 
 # %% [markdown]
 # ## Recap
