@@ -128,7 +128,8 @@ nb.say(f"Handed over after {1000 * handed_over:.2f} ms; done after {1000 * done:
 
 # %% [markdown]
 # **Takeaway.** Make one call that does not count, block before you stop the clock, and
-# report the compile time apart. `timeit` of `nbtools.py` does so, and gives the median and the quartiles.
+# report the compile time apart. `timeit` of `nbtools.py` does so, and gives the median
+# and the quartiles.
 #
 # ## Four stages
 #
@@ -169,11 +170,11 @@ total, _ = jax.lax.scan(add, jnp.zeros(4), table)
 print(total, table.sum(axis=0))
 
 # %% [markdown]
-# To scan over layers, their weights must be rows of arrays. `split` stacks them.
-# A model is a **pytree**: a tree with arrays at its leaves. **`jax.tree.map`** takes several
-# trees of the same form, and calls a function with the arrays that stand in the same place.
-# **`eqx.tree_at`** gives a copy of a tree in which one place holds something else. On small
-# trees:
+# To scan over layers, their weights must be rows of arrays. `split` stacks them. A model
+# is a **pytree**: a tree with arrays at its leaves. **`jax.tree.map`** takes several
+# trees of the same form, and calls a function with the arrays that stand in the same
+# place. **`eqx.tree_at`** gives a copy of a tree in which one place holds something else.
+# On small trees:
 
 # %%
 one, two = {"w": jnp.ones(2)}, {"w": jnp.zeros(2)}
@@ -349,10 +350,10 @@ nb.say(
 # %% [markdown]
 # ## A handful of programs for any length
 #
-# The package needs no pads for a single prompt. It reads a prompt in **chunks**. A chunk has
-# its full size if so many tokens are left; otherwise it is the largest power of two that
-# still fits. The **cache** carries what was read from chunk to chunk. It is a ring of slots
-# for each layer, and no chunk may cross the ring's end (notebook
+# The package needs no pads for a single prompt. It reads a prompt in **chunks**. A chunk
+# has its full size if so many tokens are left; otherwise it is the largest power of two
+# that still fits. The **cache** carries what was read from chunk to chunk. It is a ring
+# of slots for each layer, and no chunk may cross the ring's end (notebook
 # [04](04_the_rolling_buffer.ipynb)). The size is a knob, a number that you may change. We
 # use 16 here so that prompts of 59 tokens have several chunks; by default it is 256 on a
 # CPU.
@@ -661,8 +662,9 @@ nb.check("arrays handed over, loop less scan", arrays[0] - arrays[1], gt=50)
 # %%
 nb.say(
     f"**Takeaway.** On this machine and at this size a decode step with scan takes "
-    f"{seconds[1].median / seconds[0].median:.1f} times as long as with the loop. What scan "
-    "saves for certain is the size of the program. Measure its run time where it matters."
+    f"{seconds[1].median / seconds[0].median:.1f} times as long as with the loop. What "
+    "scan saves for certain is the size of the program. Measure its run time where it "
+    "matters."
 )
 
 # %% [markdown]
@@ -768,8 +770,8 @@ nb.say(
     "It is compiled again for every new shape, of which the package has a handful. It is "
     "fast because all of a token, and the loop over tokens, is one program that updates "
     f"its cache in place: {speedup:.0f} times the tokens a second of running it operation "
-    f"by operation. Of this the compiler is a factor of {by_compiler:.1f}, and the package's "
-    f"program and its loop one of {by_package:.1f}."
+    f"by operation. The compiler makes a factor of {by_compiler:.1f} of this, and the "
+    f"package's program and its loop one of {by_package:.1f}."
 )
 
 # %% [markdown]
