@@ -108,7 +108,8 @@ nb.check("traces in twelve calls", eqx.debug.get_num_traces(forward), eq=1)
 steady = np.median(calls[2:])
 nb.say(
     f"The first call took as long as {calls[0] / steady:,.0f} of the later ones. A mean "
-    "over twelve calls would describe neither. Compile time and run time are two numbers."
+    "over all twelve would describe neither the first nor the others. Compile time and run "
+    "time are two numbers."
 )
 
 # %% [markdown]
@@ -330,9 +331,9 @@ nb.check("the log names the new shape", "[8]" in said[-1], eq=True)
 
 # %% [markdown]
 # Read the line as a sentence: *at* this argument, *now* this shape, *before* that one. Two
-# other causes are no shapes at all. One is a Python number where an array was meant:
-# exercises 1 and 3 are about it. The other is a function that is made anew in a loop, and
-# so is never the same function twice:
+# other causes are no shapes at all. One is a Python number where an array was meant, given
+# to Equinox's `filter_jit`, which comes below: exercises 1 and 3 are about it. The other is
+# a function that is made anew in a loop, and so is never the same function twice:
 
 # %%
 traces = []
