@@ -7,11 +7,11 @@ import numpy as np
 from exercises import ex05
 
 
-# A Python int is no array: filter_jit holds it for a constant of the program.
-culprit = "C"
-culprit_wrong = "A"
-culprit_wrong_2 = "B"
-culprit_wrong_3 = "D"
+# For each of two shapes: three Python ints are three constants, all arrays one program.
+n_traces = 2 * (3 + 1)
+n_traces_wrong = 2
+n_traces_wrong_2 = 16
+n_traces_wrong_3 = 24
 
 
 buckets = [int(np.quantile(ex05.LENGTHS, q)) for q in (0.6, 0.85, 0.95, 1.0)]

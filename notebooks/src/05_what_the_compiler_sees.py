@@ -60,10 +60,10 @@ small = mx.ModelConfig(
 # %% [markdown]
 # ## The same call, twelve times
 #
-# A torch program runs line by line, and so does a JAX program by itself. **`jax.jit`**
-# makes a compiled function out of a Python function. Here is one that divides each row of
-# a table by its root mean square. (**`jnp`** is NumPy's interface for arrays of JAX.) It
-# prints what it is given.
+# A torch program runs line by line, and so does a JAX program unless it is told otherwise.
+# **`jax.jit`** makes a compiled function out of a Python function. Here is one that divides
+# each row of a table by its root mean square, as the model's RMSNorm does. (**`jnp`** is
+# NumPy as JAX has it: the same functions, for arrays of JAX.) It prints what it is given.
 
 
 # %%
@@ -84,8 +84,8 @@ print(table, compiled(table), compiled(table + 1), sep="\n\n")
 #
 # So the first call of a function is special. This is what somebody sees who times the whole
 # model by calling it twelve times. **`eqx.debug.assert_max_traces`** counts how often a
-# function is traced, and raises an error when that is too often. (`block_until_ready` waits
-# until the result is there. We come to that.)
+# function is traced, and raises an error when that is too often; `get_num_traces` reads the
+# count. (`block_until_ready` waits until the result is there. We come to that.)
 
 # %%
 once = eqx.debug.assert_max_traces(lambda model, tokens: model(tokens)[0], max_traces=1)
@@ -108,7 +108,8 @@ nb.check("traces in twelve calls", eqx.debug.get_num_traces(forward), eq=1)
 steady = np.median(calls[2:])
 nb.say(
     f"The first call took as long as {calls[0] / steady:,.0f} of the later ones. A mean "
-    "over twelve calls would describe neither. Compile time and run time are two numbers."
+    "over all twelve would describe neither the first nor the others. Compile time and run "
+    "time are two numbers."
 )
 
 # %% [markdown]
@@ -127,8 +128,9 @@ done = time.perf_counter() - start
 nb.say(f"Handed over after {1000 * handed_over:.2f} ms; done after {1000 * done:.1f} ms.")
 
 # %% [markdown]
-# **Takeaway.** Warm up with 1 call, block before you stop the clock, and report the compile
-# time apart. `timeit` of `nbtools.py` does so, and gives the median and the quartiles.
+# **Takeaway.** Make one call that does not count, block before you stop the clock, and
+# report the compile time apart. `timeit` of `nbtools.py` does so, and gives the median
+# and the quartiles.
 #
 # ## Four stages
 #
@@ -144,9 +146,10 @@ print(traced.jaxpr.pretty_print(use_color=False))
 
 # %% [markdown]
 # Read a line as "name : dtype[shape] = operation inputs". No class and no Python are left.
-# The package's RMSNorm is such a function too, and it differs from ours in two things: it
-# adds a small `eps`, so that a row of zeros is not divided by zero, and it has a weight for
-# each column.
+# The package's RMSNorm is such a function too, and it has two things more: it adds a small
+# `eps`, so that a row of zeros is not divided by zero, and it has a weight for each column.
+# It also computes in float32 whatever it is given, and multiplies by `rsqrt`, one over the
+# root, where we divide.
 
 # %%
 nb.show_source(mx.layers.RMSNorm.__call__)
@@ -156,11 +159,11 @@ nb.check("max|Δ|, our program and the package's RMSNorm", gap, lt=1e-4)
 
 # %% [markdown]
 # What about a whole model? Its layers are a Python loop. Python runs through the loop while
-# it traces, so the jaxpr has no loop: a model with twice the layers is twice the program.
+# it traces, so the jaxpr has no loop: every layer is written out and makes it longer.
 #
 # **`jax.lax.scan`** is the other way. It traces **one** step, and says "do this for each
-# row of these arrays". The step gets what is carried along and a row. It gives back what to
-# carry on, and what to collect (here nothing):
+# row of these arrays". The step gets two things: what the step before has handed on, and a
+# row. It gives back two things: what to hand on, and what to collect (here nothing):
 
 # %%
 add = lambda carried, row: (carried + row, None)
@@ -168,11 +171,11 @@ total, _ = jax.lax.scan(add, jnp.zeros(4), table)
 print(total, table.sum(axis=0))
 
 # %% [markdown]
-# To scan over layers, their weights must be rows of arrays. `split` stacks them.
-# **`jax.tree.map`** calls a function with all arrays that stand in the same place of
-# several trees (a **pytree**, such as a model, is a tree with arrays at its leaves).
-# **`eqx.tree_at`** gives a copy of a tree in which one place holds something else. On small
-# trees:
+# To scan over layers, their weights must be rows of arrays. `split` stacks them. A model
+# is a **pytree**: a tree with arrays at its leaves. **`jax.tree.map`** takes several
+# trees of the same form, and calls a function with the arrays that stand in the same
+# place. **`eqx.tree_at`** gives a copy of a tree in which one place holds something else.
+# On small trees:
 
 # %%
 one, two = {"w": jnp.ones(2)}, {"w": jnp.zeros(2)}
@@ -220,7 +223,8 @@ apart = float(jnp.abs(loop[-1].result - scan[-1].result).max())
 nb.check("max|Δ| logits, loop and scan, 16 layers", apart, lt=1e-3)
 
 # %% [markdown]
-# Both programs give the same logits. What was it?
+# Both programs give the same logits. (**Logits** are what the model says of the next token:
+# a number for each token of the vocabulary.) Now the factors:
 
 # %%
 growth = loop[-1].seconds[2] / loop[0].seconds[2]
@@ -231,7 +235,7 @@ why = {
 scan_growth = scan[-1].equations // scan[0].equations
 nb.guess("Equations of scan, 16 layers over 1", my_scan, scan_growth, why=why)
 measured = "clearly less" if growth < 13 else "16 times"
-reason = "the embedding, the output and the compiler's own start are paid once"
+reason = "a part of the seconds is the same at any depth; a fit below says how much."
 why = {"16 times": reason} if measured == "clearly less" else {}
 nb.guess("Compiling 16 layers over 1, loop", my_loop, measured, why=why)
 
@@ -256,7 +260,8 @@ nb.check("equations of scan, 16 layers less 1 layer", more, eq=0)
 
 # %% [markdown]
 # Why are sixteen layers not sixteen times the seconds? A straight line through the three
-# depths tells what a layer costs, and what is there without any.
+# depths gives the seconds that a layer costs, and the seconds that no layer causes. (The
+# embedding, the output and the compiler's own start are among the latter.)
 
 # %%
 slope, fixed = np.polyfit(depths, [made.seconds[2] for made in loop], 1)
@@ -264,19 +269,20 @@ nb.say(
     f"**Takeaway.** In the loop every layer is {per_layer[0]} more equations. In scan "
     f"there are {scan[0].equations}, whatever the depth. With the loop, 16 layers took "
     f"{growth:.1f} times as long to compile as one: a layer costs {1000 * slope:.0f} ms, "
-    f"and {fixed:.2f} s are there without any."
+    f"and {fixed:.2f} s would be there without any layer."
 )
 
 # %% [markdown]
-# The package has the loop all the same. Its models are shallow, or compiled once and run
-# for long, and unrolled layers may differ from each other.
+# The package has the loop all the same, because layers in a loop may differ from each
+# other, and because a model is compiled once and then runs for long.
 #
 # ## What makes it compile again
 #
 # A compiled program is for the shapes and dtypes that it was traced with. Anything else is
-# traced and compiled anew. Here are ten prompts of 5 to 59 tokens. The **buckets** are
-# one cure: pad each prompt on the right to the next power of two, 8 at least. Pads come
-# after the text, so a causal model's logits before them are the same.
+# traced and compiled anew. Here are ten prompts of 5 to 59 tokens. **Buckets** are one
+# cure: pad each prompt on the right to the next power of two, 8 at least. The model is
+# causal, which means that a token sees only what comes before it. Pads come after the text,
+# so they do not change its logits.
 #
 # **Predict.** How many programs do the ten prompts need with buckets?
 
@@ -324,11 +330,10 @@ print(said[-1])
 nb.check("the log names the new shape", "[8]" in said[-1], eq=True)
 
 # %% [markdown]
-# Read the line as a sentence: *at* this argument, *now* this shape, *before* that one. A
-# static argument that changed is told in the same way. Often the culprit is not a shape at
-# all, but a Python number where an array was meant, or a function that is made anew in a
-# loop and so is never the same function twice. Exercise 1 is about the first. Here is the
-# second, in three lines:
+# Read the line as a sentence: *at* this argument, *now* this shape, *before* that one. Two
+# other causes are no shapes at all. One is a Python number where an array was meant, given
+# to Equinox's `filter_jit`, which comes below: exercises 1 and 3 are about it. The other is
+# a function that is made anew in a loop, and so is never the same function twice:
 
 # %%
 traces = []
@@ -338,7 +343,7 @@ nb.check("traces of three functions that look the same", len(traces), eq=3)
 
 # %%
 nb.say(
-    f"**Takeaway.** Ten lengths are {naive_programs} programs if one lets them, and "
+    f"**Takeaway.** Ten lengths are {naive_programs} programs as they are, and "
     f"{bucketed} with buckets. `eqx.debug.assert_max_traces` turns a recompilation from a "
     "mystery into an error, and `jax.explain_cache_misses` names its cause."
 )
@@ -346,10 +351,13 @@ nb.say(
 # %% [markdown]
 # ## A handful of programs for any length
 #
-# The package does without pads on a single prompt. It reads a prompt in **chunks**, each as
-# large as it may be, or else a power of two below. The cache carries what was read from
-# chunk to chunk (notebook [04](04_the_rolling_buffer.ipynb)). The chunk is a knob. We use
-# 16 here so that prompts of 59 tokens have several; by default it is 256 on a CPU.
+# The package needs no pads for a single prompt. It reads a prompt in **chunks**. A chunk
+# has its full size if so many tokens are left; otherwise it is the largest power of two
+# that still fits. The **cache** carries what was read from chunk to chunk. It is a ring
+# of slots for each layer, and no chunk may cross the ring's end (notebook
+# [04](04_the_rolling_buffer.ipynb)). The size is a knob, a number that you may change. We
+# use 16 here so that prompts of 59 tokens have several chunks; by default it is 256 on a
+# CPU.
 
 # %%
 nb.show_source(mx.cache.chunk_sizes)
@@ -380,7 +388,7 @@ nb.check(
 nb.say(
     f"**Takeaway.** In chunks of up to {chunk}, {len(lengths)} prompts are {calls_made} "
     f"calls of {chunked} programs, without a single pad. A prompt of any other length "
-    "needs no program more."
+    "needs no further program."
 )
 
 # %% [markdown]
@@ -389,9 +397,10 @@ nb.say(
 # A JAX function may not change its input, so a step that returns an updated cache makes a
 # whole new one: two caches, and a copy for every token. **Donation** is the promise not
 # to use the input again. The compiler then writes into its memory. In `jax.jit` the promise
-# is `donate_argnums=`, the numbers of the arguments. In Equinox it is a word,
-# `eqx.filter_jit(donate="all-except-first")`: all but the first argument, which is the
-# model. On a small array, the input is gone afterwards:
+# is `donate_argnums=`, the numbers of the arguments. **`eqx.filter_jit`** is Equinox's
+# `jit`: the arrays among the arguments are traced, and everything else becomes a constant
+# of the program. Its promise is a word, `donate="all-except-first"`: all but the first
+# argument, which is the model. On a small array, the input is gone afterwards:
 
 # %%
 bump = jax.jit(lambda x: x + 1, donate_argnums=0)
@@ -426,8 +435,8 @@ nb.say(
 # %% [markdown]
 # ## Two ports and torch: tokens a second
 #
-# Now the benchmark. Here are five ways to write 16 tokens behind one word (and the mark of
-# the beginning), for one text and for eight at once:
+# Now the benchmark. Here are five ways to write 16 tokens after one word (and the token
+# that marks the beginning), for one text and for eight at once:
 #
 # 1. **one file, eager**: operation by operation, as torch works;
 # 2. **one file, jit**: its forward pass compiled, a Python loop around it;
@@ -450,9 +459,7 @@ words = list(dict.fromkeys(tokens[1:]))  # each once
 prompts = {batch: [[tokens[0], word] for word in words[:batch]] for batch in (1, 8)}
 
 
-def write_greedily(
-    run, prompts, cache
-):  # a Python loop, greedy: the most probable token is next
+def write_greedily(run, prompts, cache):  # the most probable token is next
     text, made = jnp.asarray(prompts), []  # [B, 2]
     token = text[:, :1]
     for position in range(1 + NEW):
@@ -463,11 +470,11 @@ def write_greedily(
 
 
 # %% [markdown]
-# The package's model is for one text. **`jax.vmap`** makes a function of a batch of it:
-# `in_axes` says which axis of each argument is the batch's, and `cache.axes` is the
-# package's answer for a cache. Two lines show it on our table. (In `batched`, below, model
-# and tokens come as one argument, the first, so that only the cache is donated: we still
-# need the tokens.)
+# The package's model reads one text. **`jax.vmap`** makes of a function of one thing a
+# function of a batch of them. `in_axes` says which axis of each argument is the batch's,
+# `None` that there is none, and `cache.axes` is the package's answer for a cache. Two lines
+# show it on our table. (In `batched`, below, model and tokens come as one argument, the
+# first, so that only the cache is donated: we still need the tokens.)
 
 # %%
 dot = lambda row, weights: row @ weights
@@ -528,6 +535,10 @@ for batch in prompts:
         same = np.asarray(run(prompts[batch])).tolist() == expected
         nb.check(f"{name}, batch {batch}: the tokens of torch", same, eq=True)
 
+# %% [markdown]
+# All of them write torch's tokens, so the clock may run. `nb05.race` calls the four ways in
+# turn, five times, so that a busy moment of the machine meets all of them.
+
 # %%
 timings = {}
 for batch in prompts:
@@ -536,10 +547,6 @@ for batch in prompts:
         timings[name, batch] = seconds
     by_torch = lambda twin: nb.timeit(lambda: write_torch(batch)(twin), repeats=5)
     timings["torch, eager", batch] = oracle(f"seconds {batch}", by_torch)
-
-# %% [markdown]
-# All eight are right, so the clock may run. `nb05.race` calls the four ways in turn, five
-# times, so that a busy moment of the machine meets all of them.
 
 # %%
 names = [*ways, "torch, eager"]
@@ -573,7 +580,8 @@ nb.guess("Most of it comes from", my_source, source, why=why)
 # The difference in code, bar by bar. From the first to the second: one decorator,
 # `eqx.filter_jit`. How many operations does it turn into one call? We count the equations
 # of a step. From the second to the third: the cache is donated, and keys are not repeated
-# for each query head. From the third to the fourth, the loop moves into the program.
+# for each query head. (That need not pay at a batch of 1: compare the two bars there.) From
+# the third to the fourth, the loop moves into the program.
 
 # %%
 eager = one_file_ref.Transformer.forward.__wrapped__
@@ -590,28 +598,29 @@ count = lambda x: jax.lax.while_loop(lambda x: x < 9, lambda x: x + 1, x)
 print(jax.make_jaxpr(count)(0).pretty_print(use_color=False))
 
 # %% [markdown]
-# How far the last step leads depends on how much a token costs. What Python and its
-# dispatch take of a token's time is the difference between the two blue bars:
+# How much the last step gains depends on how much a token costs. What the loop in Python
+# takes of a token's time is the difference between the two blue bars:
 
 # %%
 outside = lambda batch: rate("package, a call a token", batch)
 python = {b: 1 - outside(b) / rate("package, loop on the device", b) for b in prompts}
 nb.say(
     f"**Takeaway.** One call stands for {operations:,} operations. The compiler alone "
-    f"(from the first bar to the second) makes this port {by_compiler:.0f} times as fast, "
-    f"and the package's program and its loop {by_package:.1f} times more. With the loop in "
-    f"Python, {max(0, python[1]):.0%} of a token's time go into Python and its dispatch at "
-    f"a batch of 1, and {max(0, python[8]):.0%} at a batch of 8. A model of 7 billion "
-    f"parameters reads {7e9 * 2 / 1e9:.0f} GB of weights for each token, beside which that "
-    "is small."
+    f"(from the first bar to the second) makes the one-file port {by_compiler:.0f} times "
+    f"as fast. The package's program and its loop make it {by_package:.1f} times as fast "
+    f"again. With the loop in Python, {max(0, python[1]):.0%} of a token's time goes into "
+    f"that loop at a batch of 1, and {max(0, python[8]):.0%} at a batch of 8. A model of 7 "
+    f"billion parameters reads {7e9 * 2 / 1e9:.0f} GB of 16-bit weights for each token, "
+    "wherever its loop is."
 )
 
 # %% [markdown]
 # ## Does scan pay in decoding?
 #
-# A deep model compiles faster with scan. Does it run as fast? In decoding, each step reads
-# every weight once, from a stack or from separate arrays. `scan` also collects: the second
-# thing that its step gives back, here the ring of each layer, becomes a row of the result.
+# With scan, the program of a deep model is smaller. Does it run as fast? In **decoding**,
+# which is writing token by token, each step reads every weight once, from a stack or from
+# separate arrays. `scan` also collects: the second thing that its step gives back, here the
+# ring of each layer, becomes a row of the result.
 
 
 # %%
@@ -649,45 +658,49 @@ nb.table(header, [[name, *row] for name, *row in zip(("loop", "scan"), *columns)
 nb.check("arrays handed over, loop less scan", arrays[0] - arrays[1], gt=50)
 
 # %% [markdown]
-# (The third column is a compiled function that gets the same arrays and does nothing.)
+# (The third column times a compiled function that gets the same arrays and does nothing.)
 
 # %%
 nb.say(
     f"**Takeaway.** On this machine and at this size a decode step with scan takes "
-    f"{seconds[1].median / seconds[0].median:.1f} times as long as with the loop. Scan "
-    "saves compile time. What it does to run time is to be measured where it matters."
+    f"{seconds[1].median / seconds[0].median:.1f} times as long as with the loop. What "
+    "scan saves for certain is the size of the program. Measure its run time where it "
+    "matters."
 )
 
 # %% [markdown]
 # ## Exercises
 #
-# **Exercise 1: find the culprit** (● 5 minutes). `scaled` is called ten times with steps
-# 0 to 9. In which of these is it traced ten times?
+# **Exercise 1: count the traces** (● 5 minutes). How often is `scaled` traced, in all? A
+# number.
 #
 # ```python
 # scaled = eqx.filter_jit(lambda x, step: x * step)
 #
-# scaled(x, jnp.asarray(step))  # A
-# scaled(x, np.int32(step))     # B
-# scaled(x, step)               # C: a Python int
+# for length in (4, 8, 8, 4):
+#     x = jnp.ones(length)
+#     for step in (0, 1, 2):
+#         scaled(x, step)
+#         scaled(x, jnp.asarray(step))
 # ```
 #
 # <details><summary>Hint</summary>
 #
-# What does `eqx.filter_jit` take for an array, and what for a constant?
+# What does `eqx.filter_jit` trace, and what is a constant of the program? Write down what
+# makes each of the first six calls new, or not.
 #
 # </details>
 #
-# {{solution:culprit}}
+# {{solution:n_traces}}
 
 # %%
-culprit = NotImplemented  # "A", "B" or "C"
-ex05.check_culprit(culprit)
+n_traces = NotImplemented
+ex05.check_n_traces(n_traces)
 
 # %% [markdown]
-# **Exercise 2: choose buckets** (●● 10 minutes). `ex05.LENGTHS` are the lengths of
-# the prompts of a day. Choose at most four buckets, so that padding to them costs less
-# than half the pads of 64, 128, 256 and 512.
+# **Exercise 2: build buckets** (●● 10 minutes). `ex05.LENGTHS` are the lengths of the
+# prompts of a day. Make a list of at most four buckets, so that padding to them costs less
+# than half the pads of 64, 128, 256 and 512. Compute it from the lengths.
 #
 # <details><summary>Hint</summary>
 #
@@ -703,9 +716,14 @@ buckets = NotImplemented  # a list of numbers
 ex05.check_buckets(buckets)
 
 # %% [markdown]
-# **Exercise 3: one trace for all** (●● 5 minutes). `compile_once` gets a function of an
-# array and a step. Return it compiled, such that ten calls, with steps 0 to 9, trace it
-# once.
+# **Exercise 3: repair a slow loop** (●● 5 minutes). `compile_once` shall compile a function
+# of an array and a step, so that ten calls with steps 0 to 9 run one program. This version
+# gives the right numbers, and is traced ten times. Repair it.
+#
+# ```python
+# def compile_once(function):
+#     return eqx.filter_jit(function)
+# ```
 #
 # <details><summary>Hint</summary>
 #
@@ -731,7 +749,7 @@ ex05.check_compile_once(compile_once)
 answers = [
     [
         "the first seconds",
-        f"trace, lower and compile, {calls[0] / steady:,.0f} later calls",
+        f"trace, lower, compile: the time of {calls[0] / steady:,.0f} later calls",
     ],
     [
         "a new shape",
@@ -753,12 +771,12 @@ nb.say(
     "It is compiled again for every new shape, of which the package has a handful. It is "
     "fast because all of a token, and the loop over tokens, is one program that updates "
     f"its cache in place: {speedup:.0f} times the tokens a second of running it operation "
-    f"by operation. {by_compiler:.1f} times come from the compiler, and {by_package:.1f} "
-    "from the package's program and its loop."
+    f"by operation. The compiler makes a factor of {by_compiler:.1f} of this, and the "
+    f"package's program and its loop one of {by_package:.1f}."
 )
 
 # %% [markdown]
-# **What we did not show**: a GPU, where dispatch matters more; the persistent compilation
+# **What we did not show**: a GPU or a TPU; the persistent compilation
 # cache (`jax_compilation_cache_dir`), which keeps programs between runs; ahead-of-time
 # export.
 #

@@ -21,7 +21,7 @@
 #   Bible, and Shakespeare that it has never seen.
 # - **Torch**: live if installed, else its recorded answers.
 # - **Predict first**: how many tokens does top-p 0.9 keep? A search is stuck in "I pray
-#   thee, I pray thee,": how probable is one more round?
+#   thee, I pray thee,": how probable is one more "I pray thee,"?
 #
 # The letters: `B` texts side by side, `T` tokens in a text, `V` tokens in the vocabulary,
 # `W` window; see [README.md](README.md).
@@ -52,9 +52,9 @@ V = package.config.vocab_size
 # Three helpers for all that follows. `next_logits` runs the model on a text. `jax.jit`
 # compiles a function once for each *shape* of its arguments, so every text is padded to 64
 # tokens: then one program serves for all. The pads come last, where no token of the text
-# sees them. `kept_by` counts the tokens that a sampler may draw. `word` spells a token as
-# it stands inside a text, with its leading blank. (The tokenizer drops that blank at the
-# start of a text, so `word` decodes the token after a letter and removes the letter.)
+# sees them. `kept_by` counts the tokens that may be drawn. `word` spells a token with its
+# leading blank. (The tokenizer drops that blank at the start of a text, so `word` decodes
+# the token after a letter and removes the letter.)
 
 
 # %%
@@ -148,9 +148,9 @@ softened = np.asarray(jax.nn.softmax(four / heats[:, None]), np.float64)
 print(np.round(softened, 3))  # [4 temperatures, 4 words]
 
 # %% [markdown]
-# Row by row: almost greedy, unchanged, flat, almost a die. The order of the words never
-# changes and none gets zero, so temperature alone drops nothing. The other three rules
-# do. Each says which tokens stay. Here they are in plain NumPy, with a sort.
+# Row by row: almost **greedy** (always the best token), unchanged, flat, almost a die. The
+# order of the words never changes and none gets zero, so temperature alone drops nothing.
+# The other three rules do. Each says which tokens stay. Here they are in plain NumPy:
 
 
 # %%
@@ -177,13 +177,13 @@ print("min-p 0.1", keep_min_p(p, 0.1))
 
 # %% [markdown]
 # Look at top-p. The first word alone has less than 0.8, the first two have more. The word
-# that *crosses* the line stays, or else the set would sum to less than `p`. Leaving it
-# out is an easy mistake: after the famous line, where the first token crosses 0.9 by
-# itself, nothing at all would be left.
+# that *crosses* `p` stays, or else the set would sum to less. Leaving it out is an easy
+# mistake: after the famous line, where the first token crosses 0.9 by itself, nothing at
+# all would be left.
 #
 # This is the package's code. It uses no sort: a function `_threshold` finds the cut by
 # bisection, bit by bit, in 32 passes over the vector. `jax.lax.cond` is an `if` inside a
-# compiled program, so a rule that is switched off costs nothing.
+# compiled program, so a rule that is switched off is not computed.
 
 # %%
 nb.show_source(mx.Sampling._filter, mx.Sampling._keep_min_p)
@@ -257,8 +257,8 @@ nb06.ranked(chances, kept)
 nb.caption(
     "the black line, probability by rank, falls steeply at first after the famous line "
     "and slowly after the free one. Top-k cuts at the same rank in both. Top-p and min-p "
-    "cut at rank 1 above and far to the right below, and there top-p keeps several times "
-    "more."
+    "cut at rank 1 above and far to the right below. There top-p keeps several times as "
+    "many tokens as min-p."
 )
 
 # %%
@@ -279,7 +279,7 @@ nb.say(
 # ## First heat, then filter
 #
 # The order matters. The package divides by the temperature *first*, as Hugging Face's
-# transformers does, and the three rules see the heated distribution.
+# transformers does, so the three rules see the heated distribution.
 #
 # **Predict.** Top-p stays as it is, and the temperature goes from 1 to 4. How many tokens
 # does top-p keep then, after "The king is": as many, about twice as many, or more than
@@ -343,14 +343,14 @@ nb.check("growth of top-p from temperature 1 to 4", growth, gt=3)
 # %%
 nb.say(
     f"**Takeaway.** From temperature 1 to 4, top-p {top_p} goes from {by_top_p[1.0]} to "
-    f"{by_top_p[4.0]:,} tokens and top-k 50 stays at 50: say in which order you filter."
+    f"{by_top_p[4.0]:,} tokens, and top-k 50 stays at 50. Say in which order you filter."
 )
 
 # %% [markdown]
 # ## The draw
 #
 # Now a token is drawn. JAX has no hidden random state. A **key** is an array that stands
-# for the state, and the same key gives the same numbers, always. `jax.random.split` makes
+# for the state, and the same key always gives the same numbers. `jax.random.split` makes
 # many keys of one, and each of them gives other numbers:
 #
 # ```python
@@ -361,9 +361,9 @@ nb.say(
 #
 # `categorical` takes *logits*, and nothing stops you from giving it probabilities.
 #
-# **Predict.** An earlier JAX port of Mistral did just that. "thou" has more than 0.9 after
-# the famous line. How often is "thou" drawn if `categorical` is given probabilities: 9
-# times in 10, every second time, or hardly ever?
+# **Predict.** An earlier JAX port of Mistral gave it probabilities. After the
+# famous line "thou" has more than 0.9. How often is "thou" drawn if `categorical` is given
+# probabilities: 9 times in 10, every second time, or hardly ever?
 
 # %%
 my_share = None  # "9 in 10", "every second" or "hardly ever"
@@ -393,7 +393,7 @@ nb.guess("“thou”, if probabilities are given", my_share, often, why=why)
 nb.check("share of “thou” if probabilities are given", share, lt=0.01)
 
 # %% [markdown]
-# Nothing fails and nothing warns; the text is noise. How does the right draw work? Add
+# No error is raised, and the text is noise. How does the right draw work? Add
 # **Gumbel noise** to each logit, which is `-log(-log(u))` with `u` uniform between 0 and
 # 1, and take the largest. The index is then distributed by the softmax. So a draw is a
 # greedy choice on noisy logits. We check it against the package's sampler.
@@ -477,9 +477,9 @@ nb.say(
 # jax.random.fold_in(key, 8)  # another one
 # ```
 #
-# The package folds in two numbers: the copy (prompts that occur twice in a batch shall
-# get different texts), and then the *position* of the token. Nothing else enters, so a
-# prompt gets the same text alone as in any batch.
+# The package folds in two numbers: the copy, so that a prompt that occurs twice in a batch
+# gets two texts, and then the *position* of the token. Nothing else enters, so a prompt
+# gets the same text alone as in any batch.
 
 # %%
 prompt, n_made = tokenizer.encode("My lord, I"), 48
@@ -494,11 +494,11 @@ def naive_text(prompt, n_made, key, fold=jax.random.fold_in):
 
 # %% [markdown]
 # The package's loop has three parts, and you can put them together yourself. `prefill`
-# reads the prompt into a cache. `DecodeState.start` makes the state: the cache, the
-# logits, the keys, and what ends a row. `decode_step` chooses a token for each row and
-# runs the model on it. `donate_argnums=1` lets the compiled step overwrite the old state,
-# so that the cache is not copied. `change` is our own: any function of the state, called
-# between two steps.
+# reads the prompt into a cache ([04](04_the_rolling_buffer.ipynb)). `DecodeState.start`
+# makes the state: the cache, the logits, the keys, and what ends a row. `decode_step`
+# chooses a token for each row and runs the model on it. `donate_argnums=1` lets the
+# compiled step overwrite the old state, so that the cache is not copied. `change` is our
+# own: any function of the state, called between two steps.
 
 # %%
 step = jax.jit(mx.decode_step, donate_argnums=1)
@@ -562,8 +562,8 @@ nb.check("distinct tokens, one key over many", distinct, lt=0.85)
 # every step, so a few favoured tokens win again and again. The text looks as if the model
 # were bad, but only the key is.
 #
-# A loop of your own can do what no option does. Here is a text without the letter e, in
-# two lines: before each step, every token with an e gets the logit `-inf`. The state is an
+# A loop of your own can do what no option does. Here is a text without the letter e:
+# before each step, every token with an e gets the logit `-inf`. The state is an
 # Equinox **module**, an object that holds arrays and cannot be changed. So `eqx.tree_at`
 # returns a copy with one part replaced:
 #
@@ -598,7 +598,8 @@ nb.say(
 # Greedy decoding takes the best *token* at each step. That is not the best *text*: a
 # second-best token may open the way to something much more probable. **Beam search**
 # follows the best `n` texts at once. The score of a text is the **sum** of its tokens'
-# log-probabilities, which is the logarithm of the whole text's probability.
+# log-probabilities, which is the logarithm of the whole text's probability. (Logarithms
+# here are natural ones; their unit is the **nat**.)
 
 # %%
 n_beams = nb.knob(3, of=(2, 3, 4))
@@ -615,8 +616,8 @@ def after(prompt, texts):  # log-probabilities of what follows each: [len(texts)
 # %% [markdown]
 # `after` reads up to 64 texts of one length side by side. All of them begin with the
 # prompt, so it is read once, into a cache of one row that they all follow. (`chunk=1` reads
-# a token at a time: one program for texts of any length.) On top of that, a beam search is
-# two lines: make every text longer by each of its best tokens, and keep the best texts.
+# a token at a time: one program for texts of any length.) On top of that, a beam search has
+# two steps: make every text longer by each of its best tokens, and keep the best texts.
 
 
 # %%
@@ -668,9 +669,9 @@ gaps = [abs(5 * beam.score - total) for beam, total in zip(found, totals[-1])]
 nb.check("max|Δ| of the summed log-probabilities", max(gaps), lt=1e-3)
 
 # %% [markdown]
-# What does it cost? When one beam is dropped and another goes on twice, its cache has to
-# be there twice, so every step copies the caches of all beams. Greedy decoding copies
-# nothing. (`jax.tree.leaves` lists the arrays of a module: here keys and values, for each
+# What does it cost? When one beam is dropped and another goes on twice, the other's cache
+# has to be there twice. So every step copies the caches of all beams. How many bytes is
+# that? (`jax.tree.leaves` lists the arrays of a module: here keys and values, for each
 # layer.)
 
 # %%
@@ -734,16 +735,16 @@ nb.table(["prompt", "greedy", "16 beams", "the best of all", "its worst place"],
 # %%
 right = sum(row[1] == by_16[1] for row, by_16 in zip(exact, by_beams[16]))
 why = {
-    2: "in every row the best of all is another text than that of 16 beams.",
+    2: "each of the four winners once stood beyond place 16: see the last column.",
     4: "16 of 2,048 is not many: the best text may begin badly.",
 }
 nb.guess("Prompts where 16 beams find the best text", my_found, right, why=why)
 
 # %% [markdown]
 # The last column tells why. It follows the winner from its first token on, and gives the
-# worst place that its beginning ever had among all beginnings of the same length. 16
-# beams drop a beginning at place 17 or worse, and never take it up again. Here most
-# winners spell a single word in five tokens, and its first tokens are improbable.
+# worst place that its beginning ever had among all beginnings of the same length. A
+# beginning at place 17 or worse has no room in 16 beams that hold the better ones, and a
+# dropped one never comes back. Here most winners are a single word, spelt in five tokens.
 
 # %%
 nb.check("prompts of four where 16 beams find the best text", right, lt=2)
@@ -766,8 +767,7 @@ nb.say(
 # ## Why beams repeat
 #
 # Longer searches show another fault. We let four beams write 48 tokens: after
-# "I pray thee,", and after the eight passages of Shakespeare, which the last section will
-# need.
+# "I pray thee,", and after the eight passages of Shakespeare, which the next section needs.
 
 # %%
 opening = "I pray thee,"
@@ -786,9 +786,10 @@ def period(tokens):  # the length of the loop in which a text ends; 0 if in none
 nb.check(f"tokens of the loop after “{opening}”", period(stuck), gt=0)
 
 # %% [markdown]
-# **Predict.** The search kept this loop against its rivals at every step.
-# The text is now "I pray thee," eight times. How probable does the *model* find one more
-# round: 90 %, 50 %, or less than 10 %?
+# (`nb06.costs` reads what each token **costs**: the negative logarithm of its probability.)
+#
+# **Predict.** The search has found no better text than this loop. Take "I pray thee," eight
+# times. How probable does the *model* find one more round: 90 %, 50 %, or less than 10 %?
 
 # %%
 my_round = None  # "90 %", "50 %" or "less than 10 %"
@@ -807,9 +808,8 @@ size = nb06.band(one_more, {0.1: "less than 10 %", 0.7: "50 %"}, "90 %")
 nb.guess("The probability of one more round", my_round, size, why=why)
 
 # %% [markdown]
-# (`nb06.costs` reads what each token **costs**: the negative logarithm of its probability,
-# in nats.) The model can say so itself: we draw 128 continuations, 64 at a time, with
-# `after` and `categorical`, which draws one token for each row of logits.
+# The model can say so itself: we draw 128 continuations, 64 at a time, with `after` and
+# `categorical`, which draws one token for each row of logits.
 
 # %%
 drawn = []
@@ -850,12 +850,12 @@ nb.say(
 # once the window holds nothing but the loop, the model sees the same input after each
 # round, and so it makes the same choice again.
 #
-# We can separate the two. Put 100 tokens of unseen Shakespeare before the loop, at 8
-# places, and read what each round costs. Then do the same with a *shorter window*. A model
-# with a shorter window sees fewer copies, and it forgets sooner. If copying makes a round
-# cheap, the short window should need more rounds; if forgetting does, fewer. (Through its
-# six layers even a window of 4 reaches 19 tokens back, as notebook 03 shows; a window of
-# 64 reaches 379.)
+# We can separate the two. Take 100 tokens of unseen Shakespeare, from 8 places, put the
+# loop behind them, and read what each round costs. Then do the same with a *shorter
+# window*. A model with a shorter window sees fewer copies, and it forgets sooner. If
+# copying makes a round cheap, the short window should need more rounds; if forgetting
+# does, fewer. (Through its six layers a window of 4 reaches 18 positions back and one of
+# 64 reaches 378: see [03](03_sliding_window_attention.ipynb).)
 
 
 # %%
@@ -899,9 +899,9 @@ nb.check("least fall from the first round to the last (nats)", least, gt=1.5)
 
 # %% [markdown]
 # So forgetting makes the loop cheap: the short window, which sees fewer copies, needs
-# fewer tokens. But the model was trained with a window of 64, and may not be itself with
-# 4. So here are both causes apart in the unchanged model: few copies and many, with and
-# without Shakespeare before them.
+# fewer tokens. But the model was trained with a window of 64, and 4 may harm it. So here
+# are both causes apart in the unchanged model: few copies and many, with and without
+# Shakespeare before them.
 
 # %%
 alone = len(loop) * cost_of_rounds(package, [tokenizer.encode("")], loop)
@@ -913,14 +913,13 @@ forgetting, copying = behind[3] - alone[3], alone[3] - alone[19]
 nb.check("nats by forgetting, over nats by 16 more copies", forgetting / copying, gt=2)
 
 # %% [markdown]
-# Copying helps here, but much less than forgetting. (In large models copying helps much: Xu
-# et al. measure how each repetition makes the next more probable.) Forgetting alone is
-# enough.
-# The extreme case shows it, a model that sees only the last token: it is a table `[V, V]`
-# of how probable each token is after each other. We make it by giving the model texts of
-# one token. The most probable text of a table can be found exactly, by a recursion over
-# the last token (the Viterbi algorithm). Only tokens with a letter may be used, or else
-# the best text is blank lines.
+# Copying helps here, but much less than forgetting. (In large models copying helps much:
+# Xu et al. measure how each repetition makes the next more probable.) Forgetting alone is
+# enough. The extreme case shows it, a model that sees only the last token: it is a table
+# `[V, V]` of how probable each token is after each other. We make it by giving the model
+# texts of one token. The most probable text of a table can be found exactly, by a
+# recursion over the last token (the Viterbi algorithm). Only tokens with a letter may be
+# used, so that the best text has words.
 
 # %%
 after_one = jax.vmap(lambda token: package(token[None])[0][0])  # its logits: [V]
@@ -957,9 +956,9 @@ nb.check("best texts of a table, of 2, that end in a loop", loops, eq=2)
 # %%
 nb.say(
     "**Takeaway.** Beams repeat because the search wants the maximum and the model "
-    f"forgets. A loop goes on with probability {one_more:.1%} a round, and no rival has as "
-    f"much. It is cheap after {until[4]} tokens with a window of 4, after {until[64]} "
-    "with 64."
+    f"forgets. After eight rounds the next has probability {one_more:.1%}, and no rival "
+    f"has as much. The loop is cheap after {until[4]} tokens with a window of 4, and after "
+    f"{until[64]} with 64."
 )
 
 # %% [markdown]
@@ -987,7 +986,7 @@ def point(name):  # mean log-probability of a token; share of distinct pairs
 # %% [markdown]
 # Then beams, greedy decoding, and four temperatures without a filter. Each row that
 # `generate` and `beam_search` return has `tokens` and their `logprobs`. These are the
-# model's own, whatever the temperature was; reading the texts again must give the same.
+# model's own, whatever the temperature was. Reading the texts again must give the same.
 
 # %%
 of_rows = lambda rows: ([x.tokens for x in rows], np.array([x.logprobs for x in rows]))
@@ -1136,9 +1135,10 @@ print(*[f"My lord, I {text}" for text in ours], sep="\n---\n")
 #
 # ## Exercises
 #
-# **Exercise 1: no n-gram twice** (●● 10 minutes). The blunt cure for loops forbids every
-# token that would complete an n-gram which the text already has. Give the set of these
-# ids. (Then use it as `change` in our loop: does the text become better?)
+# **Exercise 1: no n-gram twice** (●● 10 minutes). An **n-gram** is `n` tokens in a row.
+# The blunt cure for loops forbids every token that would complete an n-gram which the
+# text already has. Give the set of these ids. (Then use it as `change` in our loop: does
+# the text become better?)
 #
 # <details><summary>Hint</summary>
 #
@@ -1158,8 +1158,8 @@ def banned(tokens, n):  # tokens: list of ids
 ex06.check_banned(banned)
 
 # %% [markdown]
-# **Exercise 2: two faults** (●● 5 minutes). This shall give `n` independent draws from
-# logits `[V]`. It has two faults, and neither raises an error. Repair it.
+# **Exercise 2: repair two faults** (●● 5 minutes). This shall give `n` independent draws
+# from logits `[V]`. It has two faults, and neither raises an error. Repair it.
 #
 # ```python
 # def draws(logits, n, key):
@@ -1186,7 +1186,7 @@ ex06.check_draws(draws)
 # %% [markdown]
 # **Exercise 3: how far below the best?** (●● 5 minutes). The temperature is 1.5 and min-p
 # is 0.05. By how many nats may a token's *logit*, as the model gives it, be below the
-# best one's, so that the token is just kept? A number, to two digits.
+# best one's, so that the token is just kept? A number, to two decimals.
 #
 # <details><summary>Hint</summary>
 #
@@ -1206,11 +1206,11 @@ ex06.check_gap(gap)
 # %%
 seen = lambda rule: f"{kept[famous][rule]} or {kept[free][rule]} tokens"
 rows = [
-    ["temperature", "divides the logits", f"top-p keeps {growth:.0f} times more at 4"],
+    ["temperature", "divides the logits", f"at 4, top-p keeps {growth:.0f} times as many"],
     ["top-k", "keeps a number of tokens", seen("top-k 50")],
     ["top-p", "keeps a share of the probability", seen("top-p 0.9")],
-    ["min-p", "keeps what has a share of the best one's", seen("min-p 0.1")],
-    ["beams", "search for the largest sum", f"{others['4 beams'][0]:.2f} nats a token"],
+    ["min-p", "compares with the best one's probability", seen("min-p 0.1")],
+    ["beams", "seek the best text: a loop", f"one more round has {one_more:.1%}"],
 ]
 nb.table(["rule", "what it does", "what we found"], rows)
 
@@ -1221,14 +1221,13 @@ nb.recap()
 nb.say(
     "**The answer.** Temperature stretches the distribution, three filters cut its tail by "
     "number, by sum or by height, and one draw takes a token from the rest. Beams draw "
-    "nothing and look for the highest peak. They repeat because that peak is a loop, which "
-    f"the model itself would leave with probability {1 - one_more:.0%} at every round."
+    "nothing and look for the highest peak. They repeat because that peak is a loop. The "
+    f"model itself would leave it, after eight rounds, with probability {1 - one_more:.0%}."
 )
 
 # %% [markdown]
 # **What we did not show**: typical and contrastive sampling, speculative decoding, beams
-# that are kept apart on purpose; and whether people *like* a text, for which no number
-# here stands.
+# that are kept apart on purpose; and whether people *like* a text.
 #
 # **Further reading**: Holtzman et al., arXiv 1904.09751 (top-p, and why the most probable
 # text is dull); Nguyen et al., arXiv 2407.01082 (min-p); Keskar et al., arXiv 1909.05858,

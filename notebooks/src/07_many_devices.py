@@ -12,7 +12,7 @@
 #
 # - **You will be able to** read a mesh and a `PartitionSpec`; predict the part of every
 #   matrix that a device holds; say which products need a message; count the messages in a
-#   compiled program; and find a wrong spec by them.
+#   compiled program; and find a wrong spec.
 # - **Before this**: [01](01_one_model_two_languages.ipynb), and
 #   [05](05_what_the_compiler_sees.ipynb) for what compiling is.
 # - **Time**: {{time}}.
@@ -28,10 +28,9 @@
 # The letters: `D` width, `F` width inside the feed-forward network, `H` query heads, `K`
 # key and value heads, `L` layers; see [README.md](README.md).
 #
-# The two lines behind the imports make one CPU look like eight devices. They have to come
-# before JAX computes anything, because it looks for its devices only once. Each of the
-# eight has memory of its own, and gets another's numbers only by a message, as real chips
-# do.
+# The two lines after the imports make one CPU look like eight devices. They come before JAX
+# computes anything, because it looks for its devices only once. Each of the eight has
+# memory of its own, and gets another's numbers only by a message, as real chips do.
 
 # %%
 import functools
@@ -105,7 +104,7 @@ cut = jax.device_put(numbers, place(None, "model"))
 print(cut)
 
 # %% [markdown]
-# That is still *one* array, of shape 4 × 4. Only its parts lie on different devices, and
+# That is still *one* array, of shape 4 × 4. Its parts lie on different devices, and
 # `cut.addressable_shards` lists them, one for each device.
 #
 # **Predict.** The mesh is 2 × 4, and the spec names `model` alone. How many of the eight
@@ -121,7 +120,7 @@ nb.guess(
     my_holders,
     holders,
     why={
-        1: "the spec does not name `data`, so both devices of a column hold the same.",
+        1: "the spec does not name `data`, so all devices of a column hold the same.",
         8: "that would be `P()`, which names no axis at all.",
     },
 )
@@ -167,10 +166,9 @@ nb.check("part of the first two", [*map(part, [*specs][:2])],
 # %% [markdown]
 # (`nb07.held` counts the bytes that device 0 holds of an array or a tree.)
 #
-# **`eqx.filter_shard`** does this to every array of a whole module, and leaves alone what
-# is no array. It places arrays that nobody has put anywhere yet. (`mx.load` puts its
-# weights on device 0. `filter_shard` refuses to move those, and `jax.device_put` moves
-# them.) In three lines:
+# **`eqx.filter_shard`** does this to every array of a module, and leaves alone what is no
+# array. It places arrays that nobody has placed yet. (`mx.load` places its weights on
+# device 0; only `jax.device_put` moves those.)
 
 # %%
 linear = mx.layers.Linear(4, 4, dtype=jnp.float32, key=key)
@@ -185,7 +183,7 @@ nb.say(
 # %% [markdown]
 # ## A product in pieces
 #
-# Now compute with the parts. Whether devices have to send something depends on the axis
+# Whether devices have to send something depends on the axis
 # along which the matrix is cut. A weight here is `[outputs, inputs]`, and the product is
 # `weight @ x`. Take 4 × 4 numbers and four devices, first by hand.
 
@@ -321,10 +319,11 @@ nb.check("max|Δ|, the sum forgotten", nb07.distance(wrong, whole), gt=0.01)
 nb.check("different results among four devices", len(set(first)), eq=4)
 
 # %% [markdown]
-# The package itself writes a sum by hand in one place: the experts of a Mixtral. There
-# `check_vma` is off, so JAX would not notice if the `psum` were missing; only a comparison
-# does. Here it is, for a model of one layer with four random experts, on `expert` 2 ×
-# `model` 2:
+# The package writes a `psum` by hand in one place, for the **experts** of a Mixtral:
+# several feed-forward networks in a block, of which each token takes a few and mixes what
+# they give ([08](08_mixtral.ipynb)). There `check_vma` is off, so only a comparison
+# notices if the sum is missing. Here it is, for one layer with four random experts, on
+# `expert` 2 × `model` 2:
 
 # %%
 mixtral = nb07.random_mixtral(config)
@@ -339,9 +338,9 @@ nb.check(
 )
 
 # %% [markdown]
-# Both would be wrong alike if the mixture itself were. One mixture is known beforehand: if
-# all experts are copies of one network, the mixture is that network, because the weights of
-# the chosen sum to one.
+# That comparison cannot see a fault that both share. So take a mixture that is known
+# beforehand: if all experts are copies of one network, the mixture is that network, because
+# the weights of the chosen sum to one.
 
 # %%
 get = lambda model: model.layers[0].feed_forward
@@ -361,8 +360,8 @@ nb.say(
 # %% [markdown]
 # ## Who holds what
 #
-# `mx.shard` does this for a whole model. The spec of every matrix stands in one table of
-# `sharding.py`, by the end of its name, and this puts the arrays there:
+# `mx.shard` places a whole model. A table in `sharding.py` has the spec of every matrix, by
+# the end of its name, and this puts the arrays there:
 
 # %%
 nb.show_source(sharding.shard)
@@ -414,8 +413,8 @@ cuts = {
 }  # fmt: skip
 
 # %% [markdown]
-# Beside it, `weight.sharding.spec`, what the array itself says of its place, and
-# `addressable_shards[0].data`, what device 0 really has.
+# Beside it stand `weight.sharding.spec`, what the array itself says of its place, and the
+# shape of `addressable_shards[0].data`, what device 0 really has.
 
 # %%
 block = model.layers[0]
@@ -439,14 +438,14 @@ nb.check("weights whose part is not the predicted one", wrong, eq=[])
 
 # %% [markdown]
 # (A spec may name several axes of the mesh for one axis of an array: `("model", "sharing")`
-# cuts it over both. `sharing` is short for `sharing_kv_head`. The axes `fsdp` and `pipe`
-# have one device each here, so they cut nothing.) The same as a map, drawn from the arrays:
+# cuts it over both. `sharing` is short for `sharing_kv_head`. `fsdp`, for training, and
+# `pipe`, for notebook 08, have one device each, so they cut nothing.) As a map:
 
 # %%
 nb07.draw_block(block)
 nb.caption(
     "the matrices of a block, to scale, and in each part the devices that hold it. `wq`, "
-    "`w1` and `w3` are cut by outputs, `wo` and `w2` by inputs. `wk` and `wv` have never "
+    "`w1` and `w3` are cut by outputs, `wo` and `w2` by inputs. `wk` and `wv` never have "
     "more parts than there are key heads."
 )
 
@@ -463,10 +462,11 @@ nb.check("cuts of wo, w2", [*map(cut_into, ("wo", "w2"))], eq=[[1, n]] * 2)
 nb.check("cuts of wk, wv", [*map(cut_into, ("wk", "wv"))], eq=[[min(n, 2), 1]] * 2)
 
 # %% [markdown]
-# And the cache? It is spread like the keys that go into it: the rows of the batch over
-# `data`, and key heads over `model` (its first part alone). In the code below that is
-# `PartitionSpec(*rows, *stages, "model")`, where `stages` is empty here. (`eqx.tree_at`
-# copies a tree and replaces some of its leaves.)
+# And the cache, which keeps the keys and values of the tokens that `mx.prefill` reads? It
+# is spread like the keys: the rows of the batch over `data`, and key heads over `model`
+# (its first part alone). In the code below that is
+# `PartitionSpec(*rows, *stages, "model")`, where `stages` is empty here. (`WHOLE` is `P()`;
+# `eqx.tree_at` copies a tree and replaces some of its leaves.)
 
 # %%
 nb.show_source(sharding.cache_shardings)
@@ -480,9 +480,9 @@ print(f"keys of a layer {keys.shape}, on a device {real}")
 nb.check("part of the cache on a device, as predicted", real, eq=predicted)
 
 # %% [markdown]
-# In bytes: the cache is in as many parts as there are groups of rows times groups of key
-# heads. Of the weights a device holds one part in `n`, with two exceptions. It has the
-# norms whole, and of `wk` and `wv` it has one key head.
+# In bytes: the parts of the cache are as many as the parts of the rows times the parts of
+# the key heads. Of the weights a device holds one part in `n`, with two exceptions. It has
+# the norms whole, and of `wk` and `wv` it has one key head.
 
 # %%
 total = sum(leaf.nbytes for leaf in jax.tree.leaves(cache.layers))
@@ -497,9 +497,9 @@ expected = (whole_bytes - norm_bytes - pair) // n + norm_bytes + pair // shared_
 nb.check("bytes of the weights on a device", nb07.held(model), eq=expected)
 
 # %% [markdown]
-# Weights in eight bits (notebook 10) are cut in the same places. There each row of a matrix
-# has a scale besides. Where rows are cut into pieces, as in `wo`, each device needs the
-# scales of all rows.
+# Weights in eight bits ([10](10_fewer_bits.ipynb)) are cut in the same places. There each
+# row of a matrix has a **scale**, by which its whole numbers are multiplied. Where rows are
+# cut into pieces, as in `wo`, each device needs the scales of all rows.
 
 # %%
 small = mx.quantize(package, "int8")
@@ -536,8 +536,8 @@ def reckon(size):  # GiB of weights and cache on a device
 
 
 # %% [markdown]
-# `shardings` is the function that `mx.shard` calls, and `cache_shardings` stands above.
-# Both are asked about meshes of 1 to 32 devices:
+# `shardings` is the function that `mx.shard` calls. Both functions are asked about meshes
+# of 1 to 32 devices:
 
 # %%
 many = [1, 2, 4, 8, 16, 32]
@@ -560,7 +560,7 @@ axis.axvline(released.n_kv_heads, color="0.6", linewidth=1, marker="", linestyle
 axis.set_xticks(many, many)
 ticks = [0.5, 1, 2, 4, 8, 16, 32]
 axis.set_yticks(ticks, ticks)
-axis.set(xlabel="devices along model; the line is the number of key heads",
+axis.set(xlabel="devices along model (grey line: the number of key heads)",
          ylabel="on each device (GiB)")  # fmt: skip
 axis.legend()
 nb.caption(
@@ -569,8 +569,8 @@ nb.caption(
 )
 
 # %% [markdown]
-# From 8 devices on, those that share a key head hold the same keys. So a longer axis
-# `model` does not help a cache that is too large. An axis `data` does: it divides the rows.
+# Beyond 8 devices, those that share a key head hold the same keys. So a longer axis `model`
+# does not help a cache that is too large. An axis `data` does: it divides the rows.
 
 # %%
 halvings = lambda sizes: [round(float(a / b), 2) for a, b in zip(sizes, sizes[1:])]
@@ -671,9 +671,8 @@ nb.check("both ports on 8 devices send the same messages", sent_too == sent, eq=
 
 # %% [markdown]
 # The difference in code: the package has a function that knows the specs, `mx.shard`; the
-# one-file port was placed by names. The numbers differ as float32 rounds. Last, eight
-# devices write, with a cache, and one reads what they wrote, without. Would it have chosen
-# the same tokens?
+# one-file port was placed by names. Last, eight devices write, with a cache, and one device
+# reads what they wrote, without. Would it have chosen the same tokens?
 
 # %%
 said = "To be, or not"
@@ -685,7 +684,8 @@ same = int((would_write == read[1:])[-24:].sum())
 nb.check("tokens of 8 devices that 1 would write, of 24", same, eq=24)
 nb.say(
     "**Takeaway.** Two ports on one device and on eight, and torch on one, agree to "
-    f"{max(row[1] for row in rows):.0e} in all logits. Only the weights were placed."
+    f"{max(row[1] for row in rows):.0e} in the logits. Only arrays were placed; no code of "
+    "the model was changed."
 )
 
 # %% [markdown]
@@ -718,13 +718,13 @@ nb.guess(
 # %% [markdown]
 # The thirteenth is for the embeddings. Their table is cut by vocabulary, so among the
 # devices along `model` only one has a token's vector. The others give zeros, and a sum
-# makes the vector known to all. (Exercise 1 is to write that.) The output is cut by
+# makes the vector known to all. The output is cut by
 # vocabulary too: every device computes the logits of its own words, and they stay apart
 # until a program needs them together.
 #
-# Here is the first sum behind a product, with its shape and with the groups of devices that
-# add: `{{0,1,2,3},{4,5,6,7}}`. (Newer versions of JAX write `[2,4]<=[8]`: two groups of
-# four, counted from 0.)
+# Here is the first sum after a product, with its shape and with `replica_groups`, the
+# groups of devices that add. (Newer versions of JAX write `[2,4]<=[8]` for two groups of
+# four.)
 
 # %%
 lines = nb07.message_lines(forward, model, tokens)
@@ -757,9 +757,9 @@ nb.caption(
 )
 
 # %% [markdown]
-# Writing text takes two more. Sampling needs the logits of all words, so there is an
-# all-gather. And the loop stops when the rows of all devices have ended: an all-reduce of
-# one bit over `data`.
+# Writing text takes two more (its loop is in [06](06_choosing_the_next_token.ipynb)). The
+# choice of a token needs the logits of all words, so there is an all-gather. And the loop
+# stops when the rows of all devices have ended: an all-reduce over `data`.
 #
 # The cache is an argument and a result of this step. The package **donates** it: JAX may
 # write the new cache into the memory of the old, and `aliased` counts the bytes for which
@@ -783,7 +783,7 @@ nb.check(
 nb.say(
     f"**Takeaway.** A forward pass over `model` sends two sums a block and one for the "
     f"embeddings, {2 * config.n_layers + 1} for {config.n_layers} blocks, on any number of "
-    "devices."
+    "devices above one."
 )
 
 # %% [markdown]
@@ -841,12 +841,13 @@ rows = [[kind, kinds.get(kind, 0), wrong_kinds.get(kind, 0)] for kind in every]
 nb.table(["message", "`wo` by inputs", "`wo` by outputs"], rows)
 
 # %% [markdown]
-# The sums of `[4, 64, 256]`, the residual stream of a device's rows, should be there, two a
-# block and one. The all-gathers of that shape should not. And look at the sums of
-# `[4, 64]`, one number for each token. Those are in the norms! XLA has taken `wo`'s cut
-# over to the residual stream. Each device keeps a part of the features. So the mean square
-# of a token has to be summed across devices, and the features are gathered before the
-# matrices that need all of them.
+# `[4, 64, 256]` is the **residual stream** of a device's rows: the vector of each token
+# that goes from block to block. Its sums should be there, two a block and one; its
+# all-gathers should not. And look at the sums of `[4, 64]`, one number for each token:
+# here there is one for each norm. XLA has taken `wo`'s cut over to the residual
+# stream, so each device keeps a part of the features. Then the mean square of a token has
+# to be summed across devices, and the features have to be gathered for the matrices that
+# need them all.
 
 # %%
 right, broken = nb07.program(forward, sound, tokens), nb07.program(forward, swapped, tokens)
@@ -862,7 +863,7 @@ nb.check("bytes that come in, both", broken.arguments == right.arguments, eq=Tru
 # %% [markdown]
 # The bytes are what they were: a quarter of `wo` is a quarter, whichever way it is cut.
 # Which check sees which mistake? We compare three things: the numbers, the bytes of the
-# arguments on a device, and the messages. And we make four mistakes:
+# arguments on a device, and the messages. We make four mistakes:
 #
 # 1. `wo` is cut by outputs.
 # 2. `wq` is whole on every device.
@@ -936,8 +937,8 @@ nb.guess(
 )
 
 # %% [markdown]
-# A device that has all of `wq` uses the rows that it needs, and no message appears. All
-# four mistakes, and what each check sees:
+# A device with all of `wq` uses the rows that it needs, and sends nothing. All four
+# mistakes:
 
 # %%
 nb07.draw_seen(seen, ["numbers", "bytes", "messages"], words)
@@ -1002,7 +1003,7 @@ nb07.draw_work(timed)
 nb.caption(
     "above, dark, what a device has to do: an eighth, or close to it. The light bar is "
     "all eight together: no less than one device alone. Below, what the clock says on this "
-    "machine. That picture is no property of the model, and would be another on yours."
+    "machine; another has another picture."
 )
 
 # %%
@@ -1015,9 +1016,9 @@ nb.check(
 nb.check("work of all eight together over that of one", total / one, gt=0.95)
 
 # %% [markdown]
-# Why is `model 8` a little above the eighth? Four of its devices share a key head, and each
-# computes the keys and values of that head for itself. The work of a product grows with the
-# size of its matrix, so the matrices' bytes and the work should have the same ratio.
+# Why is `model 8` above the eighth? Four of its devices share a key head, and each computes
+# the keys and values of that head for itself. The work of a product grows with the size of
+# its matrix, so the matrices' bytes and the work should have the same ratio.
 
 # %%
 narrow = mx.shard(package, make_mesh({"model": 8}))
@@ -1027,16 +1028,16 @@ nb.check("matrices of one over those of a device, model 8", ratio, lt=7.5)
 nb.check("the same of the work", one / work["model 8"], near=ratio, rtol=0.05)
 
 # %% [markdown]
-# So what may you believe of pretend devices?
+# So what may you believe?
 #
 # - **Yes**: the specs; the part and the bytes on each device; the numbers that come out.
 # - **No**: any time; how long a message takes, and whether a computation goes on meanwhile;
 #   whether the program fits into a chip's memory.
 # - **Half**: the messages, because each compiler chooses its own.
 #
-# For the last, ask the compiler of the chip. That needs no chip. With libtpu installed
-# (`pip install 'mistral_eqx[tpu-compiler]'`) this section compiles for eight TPU v5e;
-# otherwise it shows what was recorded.
+# For the last, ask the compiler of the chip. That needs no chip. With libtpu, which has
+# XLA for Google's TPUs (`pip install 'mistral_eqx[tpu-compiler]'`), this section compiles
+# for eight TPU v5e; otherwise it shows what was recorded.
 
 # %%
 on_tpu, source = nb07.tiny_on_v5e()
@@ -1051,8 +1052,8 @@ for name in on_cpu:
 
 # %% [markdown]
 # All have the two sums a block and the one for the embeddings. Where the columns differ,
-# the compilers have made different choices. The 7B can be compiled in the same way, but it
-# takes longer than a notebook should. The command is
+# the compilers have made different choices. The 7B takes longer to compile than a notebook
+# should. The command is
 #
 # ```sh
 # JAX_PLATFORMS=cpu python -m mistral_eqx plan --shape mistral-7b-v0.3 \
@@ -1085,9 +1086,9 @@ nb.say(
 # %% [markdown]
 # ## Exercises
 #
-# **Exercise 1: a table in parts** (●● 10 minutes). A device holds `part`, the rows `first`,
-# `first + 1`, ... of an embedding table. What does it give to the sum for `tokens`
-# (`[T]`)? For tokens that other devices hold it must add nothing.
+# **Exercise 1: build a table in parts** (●● 10 minutes). A device holds `part`, the rows
+# `first`, `first + 1`, ... of an embedding table. What does it give to the sum for
+# `tokens` (`[T]`)? For tokens that other devices hold it must add nothing.
 #
 # <details><summary>Hint</summary>
 #
@@ -1132,9 +1133,9 @@ def close(residual, partial, psum):
 ex07.check_close(close)
 
 # %% [markdown]
-# **Exercise 3: the size of the messages** (●●● 5 minutes). Mistral 7B (`L` = 32, `D` =
+# **Exercise 3: the size of the messages** (●● 5 minutes). Mistral 7B (`L` = 32, `D` =
 # 4096) writes one token in bfloat16 on `model=8`. How many bytes does one device put into
-# all-reduces?
+# all-reduces? A whole number.
 #
 # <details><summary>Hint</summary>
 #
@@ -1154,13 +1155,13 @@ ex07.check_message_bytes(message_bytes)
 
 # %%
 keys_held = "whole heads; where there are more devices than heads, several hold the same"
-count = f"2 · {config.n_layers} + 1 = {least}, however many devices there are"
+count = f"2 · {config.n_layers} + 1 = {least}, on any number of devices above one"
 answers = {
     "Who holds a matrix?": "its spec says: cut along the axes named, copied along the rest",
     "Which product costs a message?": "one that is cut by inputs: an all-reduce",
-    "How many in a forward pass over `model`?": count,
+    "How many messages has a forward pass over `model`?": count,
     "Which keys does a device hold?": keys_held,
-    "How is a wrong spec found?": "by its bytes or messages; the numbers stay right",
+    "How is a wrong spec found?": "by bytes or messages; the numbers stay right",
 }
 nb.table(["question", "answer"], [*answers.items()])
 nb.recap()
@@ -1174,10 +1175,9 @@ nb.say(
 )
 
 # %% [markdown]
-# **What we did not show**: training, where gradients are summed over `data`, and `fsdp`,
-# which spreads the weights over the devices of a batch; meshes of several hosts; the axis
-# type `Explicit`, with which JAX puts shardings into types; and how long messages take,
-# which needs chips.
+# **What we did not show**: training, where gradients are summed over `data`, and `fsdp`
+# spreads the weights over the devices of a batch; meshes of several hosts; the axis type
+# `Explicit`, with which JAX puts shardings into types; how long messages take.
 #
 # **Further reading**: Shoeybi et al., Megatron-LM, arXiv 1909.08053, §3 (cut by outputs,
 # then by inputs); Xu et al., GSPMD, arXiv 2105.04663, §3 (how a compiler finds the
