@@ -78,10 +78,10 @@ fresh = nb08.random_model(tiny)
 # %% [markdown]
 # ## Where 47 billion sit
 #
-# Mixtral is Mistral 7B with one change. Where a block had one feed-forward network it has
-# eight, the **experts**, and a small matrix, the **router** (`gate` in the code), that
-# chooses two of them for each token. All eight must be in memory. A token goes through
-# two.
+# In its shapes, Mixtral is Mistral 7B with one change. Where a block had one feed-forward
+# network it has eight, the **experts**, and a small matrix, the **router** (`gate` in the
+# code), that chooses two of them for each token. All eight must be in memory. A token
+# goes through two.
 #
 # How many parameters is that? `eqx.filter_eval_shape` calls a function without computing
 # anything: what comes back has the shapes of the arrays and no numbers. So a model of any
@@ -135,9 +135,9 @@ rest = total(whole) - whole["experts"] - total(dense) + dense["experts"]
 nb.check("everything but experts, beyond Mistral 7B", rest, eq=routers)
 
 # %% [markdown]
-# The last two lines answer the question. With one expert a token would go through exactly
-# as many parameters as in Mistral 7B, plus the routers. So the name "8x7B" misleads twice.
-# The model does not have 56 billion parameters, because the eight experts share one
+# The last two checks say why. With one expert a token would go through exactly as many
+# parameters as in Mistral 7B, plus the routers. So the name "8x7B" misleads twice. The
+# model does not have 56 billion parameters, because the eight experts share one
 # attention. And a token does not cost a quarter of the 46.7 billion, because it goes
 # through the attention and the vocabulary as well.
 #
@@ -178,7 +178,7 @@ nb.guess(
     int(round(100 * part, -1)),
     why={
         25: "that is what each text reads; but they choose different ones.",
-        60: "an expert is missed by all eight with probability 0.75 to the power of 8.",
+        60: "all eight miss an expert with probability 0.75 to the power of 8, or 0.1.",
         100: "nearly: a tenth is still missed.",
     },
 )
@@ -321,8 +321,9 @@ nb.check("blocks are spoilt by NaN", spoilt(mx.moe.mix), eq=False)
 nb.show_source(mx.kernels.experts.block_sizes, mx.kernels.experts.dispatch)
 
 # %% [markdown]
-# Let us look inside. In place of experts we hand `dispatch` modules that note what they are
-# given (`nb08.Noting`). Every line below is a call that really happened.
+# Let us look inside. In place of experts we hand `dispatch` modules that note what they
+# are given (`nb08.Noting`). Every row below that is not hatched is a call that really
+# happened.
 
 # %%
 block, n_blocks = mx.kernels.experts.block_sizes(chosen.size, 8)
