@@ -355,7 +355,7 @@ def torch_gradients(twin, n_keys):
 
 # %%
 text = text[:129]
-oracle = nb.Oracle("09")
+oracle = nb.Oracle("09")  # asks torch, or the file of its answers
 wrong = oracle("gradients, 65 keys", lambda twin: torch_gradients(twin, 65))
 right = oracle("gradients", lambda twin: torch_gradients(twin, 64))
 prints = {n: a[:-1].reshape(-1, 102) for n, a in {64: right, 65: wrong}.items()}

@@ -43,7 +43,7 @@ key = jax.random.key(0)
 nb.versions()
 
 # %%
-oracle = nb.Oracle("10")
+oracle = nb.Oracle("10")  # asks torch, or the file of its answers
 package, tokenizer = mx.load(dtype=jnp.float32)
 tokens = jnp.asarray(nb.held_out(1024)).reshape(4, 256)  # four texts of T = 256
 
