@@ -249,7 +249,7 @@ def plot_load(loads: dict[str, np.ndarray], fair: float) -> None:
         axis.set_title(name, fontsize=12)
         axis.grid(False)
     axes[-1].set(xlabel="expert")
-    figure.colorbar(image, ax=axes, label="tokens, as a multiple of the fair share")
+    figure.colorbar(image, ax=axes, label="tokens (1.0 is the fair share)")
 
 
 def plot_map(words, shares: dict[str, np.ndarray]) -> None:
@@ -330,7 +330,7 @@ def plot_microbatches(counts, wasted, formula, reads) -> None:
     axes[1].plot(counts, reads)
     axes[1].set(
         xlabel="microbatches m",
-        ylabel="experts read by a\nlayer, in all turns",
+        ylabel="experts read by a\nlayer in all turns",
         ylim=(0, None),
     )
     axes[1].set_xscale("log", base=2)

@@ -68,9 +68,11 @@ def sweep_plot(bits: list[int], kls: dict[str, np.ndarray]) -> None:
         axis.semilogy(bits, values, label=f"a scale for {name}")
     line = kls["a row"][bits.index(8)] * 4.0 ** (8 - np.array(bits))
     axis.semilogy(
-        bits, line, color="0.4", linewidth=1, marker="", label="4 times for a bit"
+        bits, line, color="0.4", linewidth=1, marker="", label="4 times for each bit less"
     )
-    axis.set(xlabel="bits of a number, scales apart", ylabel="KL divergence (nats a token)")
+    axis.set(
+        xlabel="bits of a number, without its scale", ylabel="KL divergence (nats a token)"
+    )
     axis.set_ylim(5e-6, 20)
     axis.legend(fontsize=10)
 
@@ -113,7 +115,7 @@ def heat_map(values: dict[str, float], numbers: dict[str, int]) -> None:
     axis.set(xlabel="layer", ylabel="matrix")
     axis.grid(False)
     ticks = [t for t in (1, 3, 10, 30, 100) if low <= np.log10(t) <= high]
-    bar = figure.colorbar(image, label="KL (millinats a million weights)")
+    bar = figure.colorbar(image, label="KL (millinats for a million weights)")
     bar.set_ticks(np.log10(ticks), labels=ticks)
 
 

@@ -27,9 +27,9 @@
 #   of the model do eight texts read? Does the balancing loss balance every layer? How
 #   often do four stages run for four microbatches?
 #
-# The letters: `T` tokens, `D` width, `L` layers; see [README.md](README.md). New here: `E`
-# experts, of which each token takes `k`. The first lines make one CPU look like eight
-# devices, as in [07](07_many_devices.ipynb).
+# The letters: `T` tokens, `D` width, `L` layers; see [README.md](README.md). New here:
+# `E` experts, of which each token takes `k`. Two lines below the imports make one CPU
+# look like eight devices, as in [07](07_many_devices.ipynb).
 
 # %%
 import dataclasses
@@ -78,9 +78,10 @@ fresh = nb08.random_model(tiny)
 # %% [markdown]
 # ## Where 47 billion sit
 #
-# Mixtral is Mistral 7B with one change. Where a block had one feed-forward network it has
-# eight, the **experts**, and a small matrix, the **router**, that chooses two of them for
-# each token. All eight must be in memory. A token is multiplied with two.
+# In its shapes, Mixtral is Mistral 7B with one change. Where a block had one feed-forward
+# network it has eight, the **experts**, and a small matrix, the **router** (`gate` in the
+# code), that chooses two of them for each token. All eight must be in memory. A token
+# goes through two.
 #
 # How many parameters is that? `eqx.filter_eval_shape` calls a function without computing
 # anything: what comes back has the shapes of the arrays and no numbers. So a model of any
@@ -134,9 +135,9 @@ rest = total(whole) - whole["experts"] - total(dense) + dense["experts"]
 nb.check("everything but experts, beyond Mistral 7B", rest, eq=routers)
 
 # %% [markdown]
-# The last two lines answer the question. With one expert a token would go through exactly
-# as many parameters as in Mistral 7B, plus the routers. So the name "8x7B" misleads twice.
-# The model does not have 56 billion parameters, because the eight experts share one
+# The last two checks say why. With one expert a token would go through exactly as many
+# parameters as in Mistral 7B, plus the routers. So the name "8x7B" misleads twice. The
+# model does not have 56 billion parameters, because the eight experts share one
 # attention. And a token does not cost a quarter of the 46.7 billion, because it goes
 # through the attention and the vocabulary as well.
 #
@@ -177,7 +178,7 @@ nb.guess(
     int(round(100 * part, -1)),
     why={
         25: "that is what each text reads; but they choose different ones.",
-        60: "an expert is missed by all eight with probability 0.75 to the power of 8.",
+        60: "all eight miss an expert with probability 0.75 to the power of 8, or 0.1.",
         100: "nearly: a tenth is still missed.",
     },
 )
@@ -208,8 +209,9 @@ nb.check("max|Δ| of the counted experts and 8 (1 - 0.75^B)", gap, lt=0.13)
 #
 # ## The router
 #
-# The naive router, for four tokens and four experts. Take the two largest scores of each
-# token; their softmax says how much of each expert the token takes.
+# The naive router comes first, for four tokens and four experts. Take the two largest
+# scores (logits) of each token. Their softmax gives the token's two **portions**: how
+# much of each expert it takes.
 
 # %%
 scores = np.asarray(jax.random.normal(jax.random.key(8), (4, 4))).round(1)  # [T, E]
@@ -219,10 +221,10 @@ print(scores)
 best = np.argsort(-scores, axis=1)[:, :2]  # naive
 exponentials = np.exp(np.take_along_axis(scores, best, axis=1))
 portions = exponentials / exponentials.sum(axis=1, keepdims=True)
-nb.table(["token", "experts", "takes"], zip("0123", best, portions.round(2)))
+nb.table(["token", "experts", "portions"], zip("0123", best, portions.round(2)))
 
 # %% [markdown]
-# The package's, which is written for any number of tokens. `jax.lax.top_k` gives the `k`
+# The package's router is written for any number of tokens. `jax.lax.top_k` gives the `k`
 # largest numbers of each row and their places, in one go.
 
 # %%
@@ -232,11 +234,11 @@ nb.check("experts chosen, package and naive", chosen.tolist(), eq=best.tolist())
 nb.check("max|Δ| of the portions", np.abs(weights - portions).max(), lt=1e-5)
 
 # %% [markdown]
-# One could also take the softmax over all experts, and then the two best. These two
+# One could also take the softmax over all eight experts, and then the two best. These two
 # portions do not sum to one, because the other six experts got a part too. Divide them by
-# their sum, and they are the same as before, because the sum over all experts cancels. This
+# their sum, and they are the same as before: the sum over all experts cancels. This
 # division is the **renormalisation**. A port that forgets it runs without any error, and
-# each of its layers adds too little.
+# its portions sum to too little.
 
 # %%
 many = jax.random.normal(key, (1000, 8))
@@ -258,16 +260,16 @@ nb.check(
 nb.check("mean sum, not divided", sums.mean(), lt=0.8)
 
 # %% [markdown]
-# **Takeaway.** Softmax before or after choosing gives the same portions if, and only if,
-# one renormalises.
+# **Takeaway.** A softmax before choosing gives the same portions as one after it, if they
+# are renormalised.
 #
 # ## One layer, computed in three ways
 #
-# **The loop** is what the words say: for each token and each of its experts, a product.
-# **All experts**, `mix.plain`, sends every token through every expert and gives those not
-# chosen the weight 0. Its shapes do not depend on the data, and three quarters of its work
-# are wasted. **Blocks** is what `mix` runs: tokens are brought together by expert. (`mix`
-# has a plain version, `mix.plain`, and faster ones that the package puts in its place.)
+# **The loop** is what the words say: each token alone goes through each of its experts.
+# **All experts** sends every token through every expert, and gives those not chosen the
+# portion 0. Its shapes do not depend on the data, and three quarters of its work is
+# wasted. It is `mix.plain`, the plain version of the package's `mix`. **Blocks** is what
+# `mix` runs in its place: tokens are brought together by expert.
 #
 # All experts are stored as one network, whose arrays have one more axis in front: `w1` has
 # the shape `[E, F, D]`. `jax.tree.map` calls a function with every array of a module, and
@@ -309,18 +311,19 @@ nb.check("blocks are spoilt by NaN", spoilt(mx.moe.mix), eq=False)
 # %% [markdown]
 # In PyTorch one would write, for each expert, `x[chosen == e]`: an array as long as the
 # data wants. A compiled JAX program cannot have that: all its shapes are fixed before it
-# sees a number. So the package cuts the tokens of each expert into **blocks** of one fixed
-# size, pads the last block of each, and runs as many blocks as could be needed at worst.
-# Those that turn out not to be needed are skipped by `jax.lax.cond`, which is an `if`
-# inside the program, and runs one of two functions. The size is chosen from the shapes
-# alone:
+# sees a number. So the package cuts the tokens of each expert into **blocks** of one
+# fixed size, pads the last block of each, and makes room for as many blocks as could be
+# needed at worst. Those that turn out not to be needed are skipped by `jax.lax.cond`,
+# which is an `if` inside the program, and runs one of two functions. The size is chosen
+# from the shapes alone:
 
 # %%
 nb.show_source(mx.kernels.experts.block_sizes, mx.kernels.experts.dispatch)
 
 # %% [markdown]
-# Let us look inside. In place of experts we hand `dispatch` modules that note what they are
-# given (`nb08.Noting`). Every line below is a call that really happened.
+# Let us look inside. In place of experts we hand `dispatch` modules that note what they
+# are given (`nb08.Noting`). Every row below that is not hatched is a call that really
+# happened.
 
 # %%
 block, n_blocks = mx.kernels.experts.block_sizes(chosen.size, 8)
@@ -346,8 +349,9 @@ nb.say(f"{computed} rows were computed for {len(pairs)} pairs of token and exper
 # %% [markdown]
 # Many implementations, among them GShard and the Switch Transformer, fix the shapes in
 # another way: each expert has room for a **capacity**, a little more than its fair share,
-# and what does not fit is *dropped*. Its token then gets nothing from that expert. Here are
-# the two kinds of waste, for a router that is perfectly fair: random.
+# and what does not fit is *dropped*. Its token then gets nothing from that expert. Here
+# are both kinds of waste, padded rows and dropped pairs of token and expert, for a router
+# that is perfectly fair: random.
 
 # %%
 lengths, dropped, padded = 2 ** np.arange(0, 14), {}, []
@@ -374,8 +378,9 @@ nb.caption(
     "blocks pad nothing up to 32 tokens, where a block holds one token. At 64 tokens "
     "blocks "
     "of 16 begin, and padding is worst. From 128 tokens on it is at most a third, from 512 "
-    "at most a quarter. Capacity drops pairs where tokens are few, although the router is "
-    "fair, and hardly any of thousands; with 1.0 it still drops some of those."
+    "at most a quarter. A capacity of 1.25 drops pairs where tokens are few, although the "
+    "router is fair, and hardly any where there are thousands. A capacity of 1.0 drops "
+    "some even then."
 )
 
 # %%
@@ -393,7 +398,7 @@ nb.check("share dropped at capacity 1.25, from 2,048 tokens", quarter[11:].max()
 nb.check("share dropped at capacity 1.0, 8,192 tokens", dropped["capacity 1"][-1], gt=0.001)
 
 # %% [markdown]
-# **Takeaway.** Static shapes have a price. Capacity pays in dropped tokens, blocks in
+# **Takeaway.** Fixed shapes have a price. Capacity pays in dropped pairs, blocks pay in
 # padded rows, and the package has chosen blocks.
 #
 # ## Two ports and torch
@@ -437,7 +442,8 @@ reference = np.asarray(compiled(jnp.asarray([tokens]), positions, caches)[0][0])
 
 
 # %% [markdown]
-# `oracle` asks torch, or the file of its answers. Torch's names are only used inside.
+# `oracle` asks torch, or the file of its answers. Only the function that it is given
+# imports torch.
 
 
 # %%
@@ -491,8 +497,8 @@ def mixture_of_one_file():
 
 
 # %% [markdown]
-# The one-file port has no loop over experts either: there its dense network runs once for
-# each expert, and the portions of tokens that did not choose it are 0.
+# In the one-file port its dense network runs once with the weights of each expert, and
+# the portion is 0 for tokens that did not choose the expert.
 
 # %%
 mixed, by_torch = np.asarray(moe(x)), oracle("mixture", mixture_of_torch)
@@ -503,7 +509,7 @@ others = {
 }
 mixture_gaps = {name: float(np.abs(mixed - other).max()) for name, other in others.items()}
 header = [
-    "sparse, package, against",
+    "package's experts, against",
     "copies of a dense model, logits",
     "experts that differ",
 ]
@@ -518,19 +524,19 @@ agree = (sparse.argmax(1) == truth.argmax(1)).sum()
 nb.check("tokens of 64 with the same best guess", int(agree), gt=60)
 
 # %% [markdown]
-# The difference in code: torch selects tokens with `torch.where`, whose length depends on
-# the data; the package computes a slot for each pair and scatters tokens to arrays of a
-# fixed length, so that one compiled program serves every choice.
+# The difference in code: torch selects tokens with `torch.where`, and how many it returns
+# depends on the data; the package computes a slot for each pair and scatters tokens to
+# arrays of a fixed length, so that one compiled program serves every choice.
 #
-# **Takeaway.** A mixture of equal experts is a dense network: a test that needs no trained
-# Mixtral, and finds every wrong sum of portions.
+# **Takeaway.** A mixture of equal experts is a dense network. This test needs no trained
+# Mixtral, and fails if portions do not sum to one.
 #
 # ## Does the balancing loss balance?
 #
-# A router left alone has favourites, as we shall see. So training adds a loss that is
-# smallest if all experts are used alike. The package's is the loss of the Switch
-# Transformer, computed over all layers together, as Hugging Face's transformers library
-# does it.
+# A router left alone has favourites, as we shall see. So training adds a **balancing
+# loss**, which is large if a few experts get most of the tokens. The package's is the
+# loss of the Switch Transformer, computed over all layers together, as Hugging Face's
+# transformers library does it.
 
 # %%
 load_balancing_loss = training.load_balancing_loss
@@ -539,21 +545,22 @@ nb.show_source(load_balancing_loss)
 # %% [markdown]
 # We train `fresh` on Shakespeare three times: without that loss; with it, as the package
 # does (times 0.02); and with the same formula for each layer alone, averaged, which is
-# ours. `eqx.filter_value_and_grad` gives a function's value and its gradient by the arrays
-# of its first argument, here the model. Optax, a library of optimizers, turns the gradient
-# into changes, and `eqx.apply_updates` adds these to the model. All this is explained in
-# [09](09_training_and_lora.ipynb).
+# ours. `eqx.filter_value_and_grad` gives a function's value, and its gradient with
+# respect to the arrays of its first argument, here the model. Optax, a library of
+# optimizers, turns the gradient into changes, and `eqx.apply_updates` adds these to the
+# model. All this is explained in [09](09_training_and_lora.ipynb).
 #
-# **Predict.** Trained as the package does it, what becomes more even: the load of every
-# layer, only the sum of all layers, or neither? ("every layer", "the sum", "neither")
+# **Predict.** Compare training with the package's loss and without a balancing loss. Is
+# the load of the experts more even in every layer, only in the sum of all layers, or in
+# neither?
 
 # %%
 my_even = None  # "every layer", "the sum" or "neither"
 
 # %%
-steps, rows_of_text = 80, nb08.corpus(mx.load_tokenizer(nb.MODEL))
+steps, learnt = 80, nb08.corpus(mx.load_tokenizer(nb.MODEL))
 bos = int(nb.held_out(1)[0])
-data = text_batches.Slices("Shakespeare", rows_of_text, seq_len=32, bos_id=bos)
+data = text_batches.Slices("Shakespeare", learnt, seq_len=32, bos_id=bos)
 optimizer = training.make_optimizer(learning_rate=4e-3, steps=steps, warmup=10)
 
 
@@ -607,8 +614,8 @@ loads = {name: load(p) for name, p in picks.items()}  # [L, E]
 share = 1024 * 2 / 8  # the fair one
 
 # %% [markdown]
-# Two numbers for each way, in fair shares: the busiest expert of a layer (the mean over
-# layers), and the busiest when all layers are added up.
+# Two numbers for each model, in fair shares: the load of the busiest expert of a layer
+# (the mean over layers), and that of the busiest expert when all layers are added up.
 
 # %%
 busiest = {name: n.max(axis=1).mean() / share for name, n in loads.items()}
@@ -632,13 +639,14 @@ nb08.plot_load(loads, share)
 nb.caption(
     "1.0 is an expert's fair share of 1,024 tokens that no model has seen. With the "
     "package's loss the last line is more even than without a loss, and the layers are "
-    "about as uneven as before: they have different favourites. With each layer's own loss "
-    "the layers are more even by far."
+    "about as uneven as without: they have different favourites. With each layer's own "
+    "loss the layers are more even."
 )
 
 # %% [markdown]
-# The same in numbers. The last column shows that all three have learned: a model that knows
-# nothing has a loss of ln 2048, which is 7.6.
+# The same in numbers. The last column, in which the balancing loss is included, shows
+# that all three have learned: a model that gives every token the same probability has a
+# loss of ln 2048, which is 7.6.
 
 # %%
 table = [[name, busiest[name], of_sum[name], trained[name][1]] for name in ways]
@@ -673,8 +681,8 @@ nb.check("loss, all layers together", balance(lopsided), near=1.0)
 nb.check("loss, each layer alone", alone, near=8.0)
 
 # %% [markdown]
-# **Takeaway.** A mean over layers hides what each layer does. Yet if experts work side by
-# side, a layer is done only when its busiest expert is.
+# **Takeaway.** A mean over layers hides what each layer does. Yet if experts work on
+# different devices, a layer is done only when its busiest expert is.
 #
 # ## Who goes where
 #
@@ -700,9 +708,9 @@ nb.caption(
 )
 
 # %% [markdown]
-# Is that more than chance? Of the 1,024 tokens take each one that occurs again. How often
-# is its first expert the one that its *other* occurrences go to most? Beside it stands how
-# often one is right by always naming the layer's favourite.
+# Is that more than chance? We take each of the 1,024 tokens that occurs more than once,
+# and guess its first expert: the one that its *other* occurrences go to most. How often
+# is that right? The last column guesses the layer's favourite each time.
 
 
 # %%
@@ -719,7 +727,7 @@ def repeated(first):  # the first expert of every token of the text
 
 agreement = [repeated(layer[:, 0]) for layer in picks["each layer's"]]
 nb.table(
-    ["layer", "as the same token elsewhere", "as the layer's favourite"],
+    ["layer", "right by the same token elsewhere", "right by the favourite"],
     [[i + 1, *row] for i, row in enumerate(agreement)],
 )
 
@@ -734,9 +742,9 @@ nb.check("max|Δ| of the shaded cells' sum and 1", np.abs(np.array(sums) - 1).ma
 
 # %% [markdown]
 # So in this small model the token itself says a lot about its expert. Mixtral's authors
-# looked for experts of subjects in theirs, and found that syntax mattered more. Trained
-# routers have a price, too: what would a capacity of 1.25 drop of real text, where the
-# router is not random?
+# looked for experts of subjects in their model, and found that syntax mattered more. Now
+# back to capacity: what does 1.25 drop of real text, where routers are trained and not
+# random?
 
 # %%
 lost = {
@@ -751,8 +759,9 @@ saved = lost["the package's"] - lost["each layer's"]
 nb.check("share that each layer's loss keeps, beyond the package's", saved, gt=0.05)
 
 # %% [markdown]
-# **Takeaway.** A fair router drops next to nothing of 1,024 tokens. One that was trained
-# with the usual loss drops a lot. So measure on real text.
+# **Takeaway.** With a capacity of 1.25, a fair router drops next to nothing of 1,024
+# tokens, and one that was trained with the package's loss drops a lot. So measure on real
+# text.
 #
 # ## Experts on several devices
 #
@@ -788,9 +797,10 @@ nb.check("most shaded cells of a token", int((norms > 0).sum(axis=0).max()), eq=
 nb.check("fewest shaded cells of a token", int((norms > 0).sum(axis=0).min()), gt=0)
 
 # %% [markdown]
-# `jax.shard_map` runs one function on every device of a mesh, on that device's part of the
-# arrays. Inside it, `jax.lax.psum` adds up what the devices have; it is the message that is
-# called all-reduce.
+# `jax.shard_map` runs one function on every device of a mesh, on that device's part of
+# the arrays; `in_specs` say how each array is cut, as in [07](07_many_devices.ipynb).
+# Inside it, `jax.lax.psum` adds up what the devices have. That message is called
+# all-reduce.
 
 # %%
 four = mx.devices.mesh.make_mesh({"expert": 4})
@@ -803,8 +813,8 @@ add = jax.shard_map(
 print(jnp.arange(4.0), "becomes", jax.jit(add)(jnp.arange(4.0)))
 
 # %% [markdown]
-# The package's version is the naive one inside `shard_map`, with `psum` in place of `sum`.
-# Read `here` first; `spec` only says how each weight is cut.
+# The package's version is the naive one inside `shard_map`, with `psum` in place of
+# `sum`. Read `here` first, which each device runs.
 
 # %%
 nb.show_source(mx.devices.experts.mix_where_experts_are)
@@ -813,8 +823,9 @@ experts = spread.layers[0].feed_forward.experts
 
 # %% [markdown]
 # `lower` and `compile` make the program without running it, as in
-# [05](05_what_the_compiler_sees.ipynb), and `as_text` shows its lines. So we can count the
-# messages, and then run that very program.
+# [05](05_what_the_compiler_sees.ipynb), and `as_text` shows its lines. So we can count
+# the messages, and then run that very program. `addressable_shards` are the parts of an
+# array, a part for each device.
 
 # %%
 program = jax.jit(mx.moe.mix).lower(experts, x, chosen, weights).compile()
@@ -840,8 +851,9 @@ nb.check("all-reduces in the program of a layer", len(messages), eq=1)
 
 # %% [markdown]
 # So no token is sent anywhere: every device has them all already. GShard's scheme keeps
-# tokens on different devices and sends each to its experts and back, by an all-to-all. That
-# scheme needs room of a fixed size for the tokens that arrive, which is a capacity again.
+# tokens on different devices and sends each to its experts and back. This message is an
+# **all-to-all**: each device has something for each other one. It needs room of a fixed
+# size for the tokens that arrive, which is a capacity again.
 #
 # **Predict.** Four devices share the experts, and so their work. Each device allocates
 # slots for tokens, in fixed shapes. How many, compared with one device that has all
@@ -877,8 +889,8 @@ nb.check("slots of a device over its fair share", room * homes, gt=1.5)
 # one would wait. GPipe's answer: cut the batch into **microbatches**, and while stage 1 has
 # the first, stage 0 takes the second. In turn `t`, stage `s` has microbatch `t - s`.
 #
-# The message is `jax.lax.ppermute`: it sends along a list of pairs, from whom to whom. Who
-# gets nothing has zeros.
+# The message is `jax.lax.ppermute`: it sends along a list of pairs, from which device to
+# which. A device that gets nothing has zeros.
 
 # %%
 n_stages, n_micro = nb.knob(4, of=(2, 4)), 4
@@ -902,8 +914,8 @@ print(schedule)
 # `mx.shard` with an axis `pipe` makes a `PipelinedTransformer`, whose `layers` are
 # `Stages`: one program for all devices, with a loop over turns.
 #
-# **Predict.** Four stages, four microbatches. How many times does a device run its stage,
-# all devices together: 7, 16 or 28 times?
+# **Predict.** Four stages, four microbatches. Whenever a device runs its stage, that is
+# one run. How many runs are there, on all devices together: 7, 16 or 28?
 
 # %%
 my_runs = None  # 7, 16 or 28
@@ -939,12 +951,11 @@ nb08.plot_schedule(grid)
 nb.caption(
     "what came out of each stage in each turn, recognised by its numbers. Coloured cells "
     "are the schedule. In the others a stage runs too: before its first microbatch on "
-    "zeros, after its last one on the same microbatch again. These outputs are thrown "
-    "away."
+    "zeros, and after its last one on a microbatch that it has had before."
 )
 
 # %% [markdown]
-# The schedule, as measured, against the naive one; and how often work is wasted.
+# We compare the measured schedule with the naive one, and count the wasted runs.
 
 # %%
 nb.check(
@@ -991,7 +1002,8 @@ nb08.plot_microbatches(sizes, wasted, formula, reads)
 nb.caption(
     "above, the bubble shrinks as the formula says: the package was run at the two "
     "points. Below, the experts that one layer reads in all turns, for the same 256 "
-    "tokens. They multiply: every microbatch chooses nearly all eight."
+    "tokens. More microbatches read more, because even a small one chooses nearly all "
+    "eight."
 )
 
 # %%
@@ -1004,15 +1016,15 @@ nb.check(
 nb.check("different experts of a 16th of the batch, of 8", different(16), gt=6)
 
 # %% [markdown]
-# **Takeaway.** A run in the bubble costs as much as a useful one. More microbatches shrink
-# the bubble, and each of them reads nearly all the experts again.
+# **Takeaway.** In the bubble a stage runs for nothing. More microbatches shrink the
+# bubble, and each of them reads nearly all the experts again.
 #
 # ## Exercises
 #
-# **Exercise 1: what an all-to-all would send** (●● 15 minutes). Tokens lie on `n` devices,
-# an equal run on each, and experts do too. Given `chosen` (`[T, k]`, a NumPy array), `E`
-# and `n`, give back the matrix `[n, n]` of how many pairs device `i` sends to device `j`,
-# those for itself included. (For a mixture that sends tokens, this is what it would send.)
+# **Exercise 1: what an all-to-all would send** (●● 15 minutes). Tokens lie on `n`
+# devices, an equal run on each, and experts do too. Given `chosen` (`[T, k]`, a NumPy
+# array), `E` and `n`, return the matrix `[n, n]` of how many pairs of token and expert
+# device `i` sends to device `j`, those for itself included.
 #
 # <details><summary>Hint</summary>
 #
@@ -1032,10 +1044,10 @@ def messages(chosen, n_experts, n_devices):
 ex08.check_messages(messages)
 
 # %% [markdown]
-# **Exercise 2: the way back** (●● 5 minutes). A colleague brings the tokens of each expert
-# together with `order = np.argsort(expert)` and `rows[order]`, runs the experts, and
-# returns `out[order]`. The loss falls, the text is poor. Write the line that gives every
-# token its own row.
+# **Exercise 2: the way back** (●● 5 minutes). A colleague brings the tokens of each
+# expert together with `order = np.argsort(expert)` and `rows[order]`, runs the experts,
+# and returns `out[order]`. No shape complains, but most tokens get the row of another.
+# Repair the line.
 #
 # <details><summary>Hint</summary>
 #
@@ -1049,7 +1061,7 @@ ex08.check_messages(messages)
 
 # %%
 def back(out, order):
-    return NotImplemented
+    return NotImplemented  # was: out[order]
 
 
 ex08.check_back(back)
@@ -1076,22 +1088,25 @@ ex08.check_microbatches(microbatches)
 
 # %%
 giga = lambda parts: f"{total(parts) / 1e9:.1f} billion"
+two = nb08.parts_of(mixtral, k=2)
 per_layer, of_all = busiest["the package's"], of_sum["the package's"]
 nb.table(
     ["the question", "what we found"],
     [
         [
-            "What is in memory?",
-            f"{giga(whole)}, {whole['experts'] / total(whole):.0%} experts",
+            "What is in memory, and what does a token cost?",
+            f"{giga(whole)}, {whole['experts'] / total(whole):.0%} of it experts; a token "
+            f"goes through {giga(two)}",
         ],
         ["What does a step of eight texts read?", f"{part:.0%} of the experts"],
         [
             "What do fixed shapes cost?",
-            f"at worst {padded.max():.2f} rows for each that is needed; nothing is dropped",
+            f"at worst {padded.max():.2f} rows for each that is needed; no pair is dropped",
         ],
         [
             "Does the loss balance?",
-            f"{of_all:.1f} fair shares in the sum, {per_layer:.1f} in a layer",
+            f"the sum, not the layers: the busiest expert has {of_all:.1f} fair shares in "
+            f"the sum, and {per_layer:.1f} in a layer",
         ],
         [
             "How is it spread?",
@@ -1103,7 +1118,6 @@ nb.table(
 nb.recap()
 
 # %%
-two = nb08.parts_of(mixtral, k=2)
 nb.say(
     f"**The answer.** {giga(whole)} parameters cost {giga(two)} a token, because a router "
     "sends each token to two experts of eight and all tokens share the rest. The "

@@ -12,7 +12,8 @@
 #
 # - **You will be able to** say which parts of a module are trained; check a loss and a
 #   gradient before you trust a curve; freeze weights for real; split a batch without
-#   changing the step; and train, dial and merge a LoRA adapter.
+#   changing the step; and train a LoRA adapter (two thin matrices beside each weight),
+#   turn it up and down, and merge it.
 # - **Before this**: [01](01_one_model_two_languages.ipynb), for modules and random keys.
 # - **Time**: {{time}}.
 # - **The code lives in** `mistral_eqx/learning/`: `training.py`, `batches.py`, `lora.py`.
@@ -20,8 +21,9 @@
 # - **Model and data**: a model of one layer, trained here from nothing; the embedded
 #   model; Shakespeare, and Shakespeare in Pig Latin.
 # - **Torch**: live if installed, else its recorded answers.
-# - **Predict first**: what is the first loss? What is left of a frozen weight after 1,000
-#   steps? Where is the first gradient of LoRA zero?
+# - **Predict first**: what is the first loss? What is left of a weight after 1,000 steps
+#   with a gradient of zero? Does one of LoRA's two matrices begin with a gradient of
+#   zero?
 #
 # The letters: `T` tokens, `D` width of the model, `V` vocabulary, and here also `r`, the
 # rank of an adapter; see [README.md](README.md).
@@ -57,7 +59,8 @@ compiled_loss = eqx.filter_jit(training.loss)
 # A model gives a score, a **logit**, for each token that may come next. The loss asks one
 # thing: how probable was the token that did come? It is the negative logarithm of that
 # probability, in **nats**, and its mean over all tokens. Here are four tokens from a
-# vocabulary of four. Row `t` has the logits of what follows token `t`.
+# vocabulary of four. Row `t` has the logits of what follows token `t`. The last line
+# computes the loss.
 
 # %%
 tokens = jnp.array([2, 0, 3, 1])
@@ -68,12 +71,11 @@ print("naive:", -jnp.log(probabilities[jnp.arange(3), tokens[1:]]).mean())
 
 # %% [markdown]
 # Mind the **shift**: row 0 is held to token *1*, and the last row to nothing. A loss
-# without the shift would train without complaint: the model would learn to copy its input.
-# So we compare the package's loss with those three lines, on a passage of Shakespeare. The
-# model is a new one of one layer, whose weights are random. (`eqx.filter_jit` compiles a
-# function whose arguments have more in them than arrays;
-# [05](05_what_the_compiler_sees.ipynb) is about compiling. `jax.nn.log_softmax` is the
-# logarithm of the probabilities above.)
+# without the shift asks the model to copy its input, and no shape complains. So we
+# compare the package's loss with one by hand, on a passage of Shakespeare. The model is a
+# new one of one layer, whose weights are random. (`eqx.filter_jit` compiles a function
+# whose arguments have more in them than arrays; [05](05_what_the_compiler_sees.ipynb) is
+# about compiling. `jax.nn.log_softmax` is the logarithm of the probabilities above.)
 
 # %%
 text = jnp.asarray(nb.held_out(257))
@@ -89,7 +91,8 @@ nb.check("loss, |package - without the shift|", abs(ours - float(unshifted)), gt
 # **Predict.** This new model has `V` = 2,048 ids and knows nothing. If each id were
 # equally probable, the loss would be ln V, about 7.6. What is the loss of the new model:
 # 7.6, 8.1, or about 11? (For the plot the vocabulary is cut to its first 32, 128 or 512
-# ids. The rows of a new model are drawn one by one, so what is left is a new model too.)
+# ids. The rows of the output matrix are drawn independently, so the cut model is a new
+# model too.)
 
 # %%
 my_first_loss = None  # 7.6, 8.1 or 11
@@ -114,12 +117,12 @@ nb.guess("The first loss at 2,048 ids", my_first_loss, round(first[3], 1), why)
 # %%
 nb09.plot_first_losses(sizes, first)
 nb.caption(
-    "a new model is *worse* than having no opinion, by half a nat, whatever its "
-    "vocabulary: it has opinions, and they are random."
+    "a new model is worse than having no opinion, by about half a nat in each of four "
+    "vocabularies: it has opinions, and they are random."
 )
 
 # %% [markdown]
-# The points lie on the upper line. Where does it come from?
+# The points lie close to the upper line. Where does it come from?
 
 # %%
 excess = np.array(first) - np.log(sizes)
@@ -138,11 +141,13 @@ nb.check("variance of the new model's logits", float(logits.var()), near=1, rtol
 #
 # ### Pads do not count
 #
-# Examples to learn from are short, so several share a row, and pads fill what is left. A
-# `Batch` says which example each token belongs to (`segments`) and which tokens are
-# learnt. The mean must go over the learnt tokens, and over no others. Here are two
-# examples in a row of 64: the first 9 and the first 20 tokens of the passage. A token's
-# loss depends only on what is before it, so we know already what each must have.
+# Examples to learn from are often short, so several share a row, and **pads**, tokens
+# that nobody is to learn, fill what is left. A `Batch` says which example each token
+# belongs to (`segments`) and which tokens are learnt. The mean must go over the learnt
+# tokens, and over no others. Here are two examples in a row of 64: the first 9 and the
+# first 20 tokens of the passage. `Packed` lays them out, and its `measured(1)` gives
+# batches of one row. A token's loss depends only on what is before it in its example, so
+# it must be the one that `each` has, computed above.
 
 # %%
 lengths = (9, 20)
@@ -160,8 +165,8 @@ nb.check("loss, |packed - each alone|", abs(packed_loss - expected), lt=1e-3)
 nb.check("learnt tokens of the row", int(training.n_learnt(batch)), eq=n_learnt)
 
 # %% [markdown]
-# **Takeaway.** A new model must start at ln V + 1/2. Pads and neighbours in a row change
-# nothing.
+# **Takeaway.** A new model of this package starts at about ln V + 1/2. Pads and
+# neighbours in a row change nothing.
 #
 # ## What is trained, and what is left alone
 #
@@ -222,8 +227,9 @@ nb.check("ways in which filter_grad trains eps", n_arrays, eq=2)
 # instead of leaving it to the type of a number.
 #
 # **`eqx.partition(tree, filter)`** splits a tree in two of the same shape. The filter is
-# such a tree, too, with `True` for each leaf that goes into the first one. Each of the two
-# has `None` in its gaps. **`eqx.combine`** lays them on one another again.
+# a tree of that shape, too, with `True` for each leaf that goes into the first one. Each
+# of the two has `None` where the other has a leaf. **`eqx.combine`** puts them together
+# again.
 
 # %%
 norm = Norm(jnp.ones(4), np.float32(0.5))
@@ -253,8 +259,9 @@ nb.check("move of eps, behind a partition", abs(float(alone.eps) - 0.5), eq=0.0)
 nb.check("error behind a partition, of that before", error(alone) / error(norm), lt=0.9)
 
 # %% [markdown]
-# The package partitions a model once, at the start of a run. `trainable` is the filter: all
-# arrays or, if the model has an adapter, those of the adapter alone.
+# The package partitions a model once, at the start of a run. `trainable` is the filter:
+# all arrays or, if the model has an adapter (see LoRA, below), those of the adapter
+# alone.
 
 # %%
 nb.show_source(training.start)
@@ -263,7 +270,8 @@ nb.show_source(training.start)
 # **Predict.** Why not simply stop the gradient? Suppose a weight's gradient is zero in
 # every step, by `jax.lax.stop_gradient(x)`, which is `x` with a gradient of zero. AdamW,
 # the optimizer of most language models, runs 1,000 steps at a learning rate of 0.01 and a
-# weight decay of 0.1. How much of the "frozen" weight is left, in percent: 100, 99.9 or 37?
+# weight decay of 0.1, which is there to keep weights small. How much of the "frozen"
+# weight is left, in percent: 100, 99.9 or 37?
 #
 # (An **optimizer** of optax is two functions: `init(weights)` makes its state, and
 # `update(gradient, state, weights)` returns what to add to the weights, and the next state.
@@ -299,8 +307,9 @@ nb.check("left after 1,000 steps", left, near=(1 - 1e-2 * 0.1) ** 1000)
 # %% [markdown]
 # Weight decay pulls each weight towards zero by `learning rate × decay` of itself, with a
 # gradient or without. A partition has no such hole: what is not in the tree that the
-# optimizer sees cannot be moved by it. The package never decays its norms, for they start
-# at 1 and would be pulled away from it. One step with a gradient of zero shows both:
+# optimizer sees cannot be moved by it. The package decays its matrices, but not its
+# norms, which start at 1 and would be pulled away from it. One step with a gradient of
+# zero shows both:
 
 # %%
 optimizer = training.make_optimizer(learning_rate=1e-2, steps=10, warmup=0)
@@ -346,15 +355,15 @@ def torch_gradients(twin, n_keys):
 
 # %%
 text = text[:129]
-oracle = nb.Oracle("09")
+oracle = nb.Oracle("09")  # asks torch, or the file of its answers
 wrong = oracle("gradients, 65 keys", lambda twin: torch_gradients(twin, 65))
 right = oracle("gradients", lambda twin: torch_gradients(twin, 64))
 prints = {n: a[:-1].reshape(-1, 102) for n, a in {64: right, 65: wrong}.items()}
 
 # %% [markdown]
-# For readers without torch a file holds of each array the norm, the largest number, and
-# 100 of its numbers, spread evenly; these are compared. And the ports:
-# `eqx.filter_value_and_grad(f)` returns the value of `f` with its gradient.
+# For readers without torch a file holds the norm of each array, its largest number, and
+# 100 of its numbers, spread evenly. These are compared. The ports use
+# `eqx.filter_value_and_grad(f)`, which returns the value of `f` and its gradient.
 
 
 # %%
@@ -389,8 +398,8 @@ nb.table(header, [[name, off[name], differences[name].max()] for name in series]
 nb09.plot_gradients(differences, sorted(named["package"]))
 nb.caption(
     "each point is one of the 54 arrays inside the layers. Both ports are at the noise of "
-    "float32. The triangles are one key too many in the mask: far above the noise in "
-    "every layer."
+    "float32. The triangles are torch with one key too many in the mask: far above the "
+    "noise in every layer."
 )
 
 # %%
@@ -409,19 +418,21 @@ nb.check("the loss that it changes", off["torch, one key too many"], lt=0.05)
 # %% [markdown]
 # The difference in code is where the gradient goes: torch records what it runs, and
 # `backward()` writes into `p.grad` of each parameter; JAX transforms the function, and
-# the gradient is what the new function returns. Note the last check: the wrong mask moves
-# the loss by almost nothing. A loss curve would never have told.
+# the gradient is what the new function returns. Note the last check: the wrong mask
+# hardly moves the loss, so a loss curve would hardly show it.
 #
-# **Takeaway.** Compare gradients by the array: a bug that hides in the loss stands out.
+# **Takeaway.** Compare gradients array by array: there a bug stands out that hides in the
+# loss.
 #
 # ## One step, by hand
 #
-# Adam keeps two running means for each weight, of its gradient and of the square of it;
-# they are its state. Nothing changes in place: a step takes weights and state and returns
-# new ones. `eqx.apply_updates` adds the updates to the weights, leaf by leaf. The three
-# lines of the loop are all there is to a step. Next to them runs the package's
+# AdamW keeps two running means for each weight, of its gradient and of the square of its
+# gradient. They are its state. Nothing changes in place: a step takes weights and state
+# and returns new ones. `eqx.apply_updates` adds the updates to the weights, leaf by leaf.
+# The three lines of the loop are all there is to a step. Next to them runs the package's
 # `train_step`, which is compiled and may take the memory of the old state for the new one
-# (it is *donated*, hence the copies). Both make three steps, on one batch.
+# (it is *donated*, hence the copies). Both make three steps on one batch, and the package
+# goes on to 80.
 
 # %%
 optimizer = training.make_optimizer(learning_rate=1e-2, steps=1000, warmup=50)
@@ -456,22 +467,23 @@ nb.check("its loss after 80 steps", losses[-1], lt=1.0)
 
 # %% [markdown]
 # The batch was 325 *random* ids. There is nothing to understand in it; the model has
-# learnt it by heart. If your program cannot do this, it cannot learn anything: the second
-# cheapest test.
+# learnt it by heart. A program that cannot do this will learn nothing else: that is the
+# second cheapest test.
 #
-# **Takeaway.** First loss, gradient, one batch by heart: three rungs, in that order,
-# before any long run.
+# **Takeaway.** First loss, gradient, one batch by heart: make these three tests, in that
+# order, before any long run.
 #
 # ## A thousand steps
 #
-# Now from nothing to Shakespeare, with the recipe of the package: AdamW, clipped
-# gradients, a learning rate that rises for 50 steps and falls along a cosine. The model
-# has one layer, 48 wide; a step is 5 rows of 64 tokens. Two tables of counts stand for
-# what can be known without a network: how often each token comes (2,048 numbers), and how
-# often each comes after each other (4 million).
+# Now from nothing to Shakespeare, with the recipe of the package: AdamW, gradients that
+# are cut to a norm of 1 (**clipped**), and a learning rate that rises for 50 steps and
+# then falls along a cosine. The model has one layer, 48 wide; a step is 5 rows of 64
+# tokens. Two tables of counts stand for what can be known without a network: how often
+# each token comes (2,048 numbers), and how often each one follows each one (4 million).
 #
-# **Predict.** After 1,000 steps, is the held-out loss of the model better than the large
-# table's by more than half a nat, about level with it, or worse by more than half?
+# **Predict.** After 1,000 steps, on **held-out** text, which neither has seen: is the
+# loss of the model better than the large table's by more than half a nat, about level
+# with it, or worse by more than half?
 
 # %%
 my_level = None  # "better", "level" or "worse"
@@ -498,7 +510,7 @@ for step in range(1001):
     if step in (0, 10, 30, 100, 300, 700, 1000):
         measured[step] = nb09.held_out_loss(frozen, state, unseen)
     if step in (0, 100, 1000):
-        options = dict(max_tokens=40, temperature=0.7)  # by default 0: no chance
+        options = dict(max_tokens=40, temperature=0.7)  # 0: the most probable token
         texts[step] = mx.generate(state.model(frozen), tokenizer, 8 * ["ROMEO:"], **options)
     if step < 1000:
         batch = learnt.batch(5, seed=0, step=step)
@@ -534,9 +546,9 @@ nb.check("at step 1,000, |less the table of pairs|", abs(ahead), lt=0.4)
 nb.check("loss at step 700, less at step 1,000", measured[700] - measured[1000], gt=0)
 
 # %% [markdown]
-# And the text? Eight ROMEOs speak before the first step, after 100, and at the end; here is
-# the first of them. The table of pairs is the judge: how many nats a token have the eight
-# texts, if the table reads them?
+# And the text? Eight ROMEOs speak before the first step, after 100, and at the end; here
+# is the first of them. The table of pairs is the judge: what loss, in nats a token, does
+# it have on the eight texts?
 
 # %%
 judged = {}
@@ -552,9 +564,9 @@ nb.check("judge: nats of the text at step 100, less at 1,000",
          judged[100] - judged[1000], gt=0.3)  # fmt: skip
 
 # %% [markdown]
-# Before the first step each token is drawn from everywhere. After 100 the tokens are
-# common ones, which do not yet know one another. After 1,000 they come in pairs that
-# Shakespeare has, and still do not make a thought.
+# The lower the judge's loss, the more often a token follows one that it also follows in
+# Shakespeare. After 1,000 steps neighbours fit one another, and still the lines make no
+# sense.
 
 # %%
 nb.say(
@@ -568,8 +580,9 @@ nb.say(
 #
 # A batch that does not fit into memory goes through the model in parts, and the gradients
 # are added up. The obvious program takes the mean loss of each part, and the mean of the
-# means. Here are 8 rows, in which some have far more learnt tokens than others, as in
-# any data of questions and answers.
+# means. Here are 8 rows, some with far more learnt tokens than others, as in data of
+# questions and answers. (`nb.knob` is a number that you may change, to one of those
+# listed; the section runs with each.)
 
 # %%
 parts = nb.knob(4, of=(2, 4, 8))
@@ -612,8 +625,8 @@ nb.check("|Δ loss|, in parts and whole",
 
 # %% [markdown]
 # The mean of means gives a token in a nearly empty part more weight than one in a full
-# part. Nothing fails, and the loss falls. Hugging Face's transformers did
-# this until October 2024 (pull request #34191).
+# part, and no error tells. Hugging Face's transformers did this until October 2024 (pull
+# request #34191).
 #
 # **Takeaway.** Add sums, count tokens, divide once.
 #
@@ -621,7 +634,8 @@ nb.check("|Δ loss|, in parts and whole",
 #
 # To teach a large model something new, one need not move all of it. **LoRA** keeps a
 # weight `W` and learns a product beside it: `W + scale · B A`, where `A` has `r` rows and
-# `B` has `r` columns. By hand, with 4 × 4 and `r` = 1:
+# `B` has `r` columns. Together they are an **adapter**, and `r` is its **rank**. By hand,
+# for a `W` of 4 × 4 and `r` = 1:
 
 # %%
 thin_b, thin_a = jnp.array([[1.0], [2.0], [0.0], [-1.0]]), jnp.array([[1.0, 0.0, 1.0, 2.0]])
@@ -629,15 +643,14 @@ print(thin_b @ thin_a)
 print("rank", jnp.linalg.matrix_rank(thin_b @ thin_a), "from", thin_a.size + thin_b.size)
 
 # %% [markdown]
-# Sixteen numbers out of eight; in a large matrix it is many out of few. The package's
-# layer never makes the product: it sends `x` through both.
+# Eight numbers make sixteen. In a large matrix, few numbers make very many. The package's
+# layer never makes the product `B A`: it sends `x` through `A`, and then through `B`.
 
 # %%
 nb.show_source(lora.LoRALinear.added)
 
 # %% [markdown]
-# `add_lora` puts such a layer in place of every linear layer but the output. (`nb.knob` is
-# a number that you may change, to one of those listed; the section runs with each.)
+# `add_lora` puts such a layer in place of every linear layer but the output.
 
 # %%
 rank = nb.knob(8, of=(1, 8, 32))
@@ -652,7 +665,8 @@ nb.check("numbers trained", count(weights), eq=formula)
 
 # %% [markdown]
 # `A` starts random and `B` starts at zero, so at first nothing is added. Not "almost
-# nothing": not a bit. Each of the layers says the same as its `base`, the layer alone:
+# nothing": not a bit. Each layer gives the same as its `base`, the layer without an
+# adapter:
 
 
 # %%
@@ -682,10 +696,10 @@ gradient = nb09.by_name(gradient)
 of_a = max(float(np.abs(g).max()) for name, g in gradient.items() if name.endswith(".a"))
 of_b = min(float(np.abs(g).max()) for name, g in gradient.items() if name.endswith(".b"))
 why = {
-    "B": "B is zero, its gradient is not: that has A in it, which is random.",
+    "B": "B is zero, but its gradient is a product with A, which is random.",
     "neither": "A's gradient is a product with B, and B is zero.",
 }
-nb.guess("The gradient that is zero", my_zero, "A" if of_a == 0 else "none", why)
+nb.guess("The gradient that is zero", my_zero, "A" if of_a == 0 else "neither", why)
 nb.check("largest gradient of any A", of_a, eq=0.0)
 nb.check("smallest gradient of any B", of_b, gt=1e-6)
 nb.check("arrays with a gradient, of two in each layer", len(gradient), eq=2 * 7)
@@ -712,12 +726,14 @@ nb.check("merged and formula, relative Δ", far(x @ merged.T), lt=1e-4)
 nb.check("and the layer alone, relative Δ", far(layer.base(x)), gt=0.1)
 
 # %% [markdown]
-# **Takeaway.** A new adapter changes not one bit; its first step moves `B` alone.
+# **Takeaway.** A new adapter changes not one bit, and only `B` has a gradient in the
+# first step.
 #
 # ## What it learns, and what it forgets
 #
-# The embedded model writes Shakespeare. Its new language is Pig Latin: the consonants
-# that a word begins with go behind it, and "ay" is added.
+# The embedded model has read Shakespeare and the King James Bible. Its new language is
+# Pig Latin: the consonants that a word begins with go behind it, and "ay" is added ("way"
+# if it begins with a vowel).
 
 # %%
 nb.say(f"*{nb09.pig_latin('To be, or not to be, that is the question.')}*")
@@ -729,11 +745,11 @@ held = {
 
 # %% [markdown]
 # An adapter of rank 8 learns for 25 steps of 4 × 64 tokens. A second one learns for 25
-# steps too, but every other row of its batches is Shakespeare: what is already known is
+# steps too, but half of the rows of its batches are Shakespeare: what is already known is
 # **rehearsed**. The base is frozen in both.
 #
-# **Predict.** The base does not change by a bit. Does the adapted model forget
-# Shakespeare: not at all, a little (less than 0.3 nats), or more?
+# **Predict.** The base does not change by a bit. Does the model with the first adapter
+# forget Shakespeare: not at all, a little (less than 0.3 nats), or more?
 
 # %%
 my_forgotten = None  # "not at all", "a little" or "more"
@@ -781,9 +797,9 @@ nb.guess("Shakespeare", my_forgotten, "more" if lost > 0.3 else "a little", why)
 # %%
 nb09.plot_matrix(matrix, ["before", "Pig Latin", "half of each"], list(held))
 nb.caption(
-    "rows: what was learnt; columns: what is measured. Pig Latin falls, and Shakespeare "
-    "rises. With half of each, Pig Latin falls nearly as far, and much less of "
-    "Shakespeare is lost."
+    "rows: what was learnt; columns: what is measured. The loss on Pig Latin falls, and "
+    "that on Shakespeare rises. With half of each, Pig Latin falls nearly as far, and "
+    "much less of Shakespeare is lost."
 )
 
 # %%
@@ -818,9 +834,9 @@ dial = dict(zip(held, dial.T))
 # %%
 nb09.plot_dial(scales, dial, trained=2.0)
 nb.caption(
-    "at scale 0 the old model is back. On the way to 2 Shakespeare rises and Pig Latin "
-    "falls, so a smaller scale trades one for the other. Far beyond the scale that was "
-    "trained both rise."
+    "at scale 0 the old model is back. On the way to 2 the loss on Shakespeare rises and "
+    "that on Pig Latin falls, so a smaller scale trades one for the other. At 6, far "
+    "beyond the scale that was trained, both are higher."
 )
 
 # %%
@@ -834,9 +850,8 @@ rise = min(float(values[-1] - values[3]) for values in dial.values())
 nb.check("rise of either from 2 to 6, the least", rise, gt=0.1)
 
 # %% [markdown]
-# And when you want to keep it, **merge**: the sum becomes an ordinary weight, and the
-# model an ordinary one, with the same names. (`jax.tree.structure` is a tree without its
-# leaves.)
+# To keep what was learnt, **merge**: the sum becomes an ordinary weight, and the model an
+# ordinary one, with the same names. (`jax.tree.structure` is a tree without its leaves.)
 
 # %%
 merged = mx.merge_lora(speaks_pig)
@@ -852,7 +867,7 @@ nb.check("numbers, merged less base", count(merged) - count(package), eq=0)
 # %%
 both = mx.merge_lora(speaks_both)
 for name, model in [("The base", package), ("Pig Latin", merged), ("Half of each", both)]:
-    options = dict(max_tokens=40, temperature=0.7)  # by default 0: no chance
+    options = dict(max_tokens=40, temperature=0.7)  # 0: the most probable token
     completion = mx.generate(model, tokenizer, "My lord, the", **options)
     shown = "\n> ".join(f"My lord, the{completion.text}".splitlines())
     nb.say(f"**{name}**\n\n> {shown}")
@@ -860,8 +875,8 @@ for name, model in [("The base", package), ("Pig Latin", merged), ("Half of each
 # %%
 nb.say(
     f"**Takeaway.** {25 * 4 * 64:,} tokens of Pig Latin lower its loss by "
-    f"{matrix[0, 1] - matrix[1, 1]:.1f} nats and raise Shakespeare's by {lost:.1f}; with "
-    f"every other row Shakespeare, by {kept:.1f}."
+    f"{matrix[0, 1] - matrix[1, 1]:.1f} nats, and raise Shakespeare's by {lost:.1f}. If "
+    f"half of the rows are Shakespeare, they raise it by {kept:.1f}."
 )
 
 # %% [markdown]
@@ -932,10 +947,12 @@ ex09.check_largest_rank(largest_rank)
 # ## Recap
 
 # %%
-nb.table(["ask", "and find"], [
+nb.table(["what we asked", "what we found"], [
     ["the first loss of a new model", f"ln V + {excess.mean():.2f}"],
-    ["gradients, package and torch", f"apart by {clean:.0e} of the largest number"],
-    ["a frozen weight with weight decay", f"{100 * left:.0f}% left after 1,000 steps"],
+    ["gradients of both ports, and torch's",
+     f"at most {clean:.0e} of the largest number of an array apart"],
+    ["a gradient of zero, with weight decay",
+     f"{100 * left:.0f}% of the weight left after 1,000 steps"],
     ["the mean of means of uneven parts", f"gradient off by {100 * off_by:.0f}%"],
     ["Shakespeare after Pig Latin", f"+{lost:.1f} nats, or +{kept:.1f} if rehearsed"],
 ])  # fmt: skip
@@ -943,8 +960,8 @@ nb.recap()
 
 # %%
 nb.say(
-    "**The answer.** A step is right if the first loss, the gradient by torch, and one "
-    f"batch by heart say so; no curve can. And a model forgets what the new data do not "
+    "**The answer.** Trust a step if its first loss is right, if its gradient is torch's, "
+    "and if it learns one batch by heart. And a model forgets what the new data do not "
     f"hold: {lost:.1f} nats of Shakespeare in 25 steps, with not one weight of the base "
     "changed. Turn the adapter off, and they are back."
 )
@@ -958,4 +975,4 @@ nb.say(
 # 1711.05101 (weight decay apart from the gradient); Biderman et al., arXiv 2405.09673 (what
 # LoRA learns and forgets); Karpathy, *A Recipe for Training Neural Networks* (2019).
 #
-# **Next**: [README.md](README.md) has the other notebooks, in any order.
+# **Next**: [10](10_fewer_bits.ipynb), where each weight gets fewer bits.
