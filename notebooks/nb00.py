@@ -156,8 +156,8 @@ WHY_SILENT = {
     6: "Weights that are used in the wrong way show at once.",
 }
 WHY_WORST = {
-    "better": "Its loss is larger. So on average, a geometric one, it gives the token that "
-    "comes less than the equal share that a model gives which knows nothing."
+    "better": "Its loss is larger. So on (geometric) average it gives the token that comes "
+    "a smaller probability than a model would that knows nothing."
 }
 
 
@@ -202,8 +202,8 @@ def bars(runs: dict[str, Run]) -> None:
     axis.set(xlabel="loss on unseen Shakespeare (nats a token)")
     axis.set_xlim(0, max(losses) * 1.13)
     nb.caption(
-        "three bugs cannot be told from the port as it is. The longest bar passes the "
-        f"dashed line, at ln {tokenizer().vocab_size} = {nothing:.2f} nats: a wrong "
+        "three bars cannot be told from that of the port as it is. The longest bar passes "
+        f"the dashed line, at ln {tokenizer().vocab_size} = {nothing:.2f} nats: a wrong "
         "program can be worse than one that knows nothing."
     )
 

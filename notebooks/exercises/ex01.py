@@ -1,50 +1,47 @@
 """The checkers of notebook 01."""
 
+import dataclasses
 from collections.abc import Callable
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
 import mistral_eqx as mx
+from nb01 import MISTRAL_7B
 
 from . import call, todo, verdict
 
 
-def check_swiglu(swiglu: Callable) -> bool | None:
-    model, _ = mx.load(dtype=jnp.float32)
-    block = model.layers[0].feed_forward
-    x = jr.normal(jr.key(1), (16, model.config.dim))
-    answer, wrong = call(swiglu, x, block.w1.weight, block.w2.weight, block.w3.weight)
+def check_unshared_parameters(answer) -> bool | None:
     if answer is NotImplemented:
-        return todo("swiglu")
-    expected = block(x)
-    shape = getattr(answer, "shape", None)
-    if wrong is None and shape != expected.shape:
-        wrong = f"The shape is {shape}, not {expected.shape}."
-    if wrong is None:
-        correct = float(np.mean(np.isclose(answer, expected, rtol=1e-3, atol=1e-4)))
-        if correct < 1:
-            wrong = f"{correct:.0%} of the values are. {_of_swiglu(answer, x, block)}"
-    return verdict("swiglu", wrong, "100% of the values are.")
-
-
-def _of_swiglu(answer, x, block) -> str:
-    """What a wrong answer looks like."""
-    w1, w2, w3 = (layer.weight.T for layer in (block.w1, block.w2, block.w3))
-    silu = jax.nn.silu
-    others = {
-        "It is gelu that you use: SwiGLU has silu.": (jax.nn.gelu(x @ w1) * (x @ w3)) @ w2,
-        "In yours w3 goes through silu; it should be w1.": ((x @ w1) * silu(x @ w3)) @ w2,
-        "Both go through silu: only w1 does.": (silu(x @ w1) * silu(x @ w3)) @ w2,
-        "The product with w3 x is missing.": silu(x @ w1) @ w2,
+        return todo("unshared_parameters")
+    number = int | float | np.integer | np.floating
+    if isinstance(answer, bool) or not isinstance(answer, number):
+        return verdict("unshared_parameters", "The answer is a number of parameters.")
+    shared, unshared = _parameters(), _parameters(n_kv_heads=MISTRAL_7B.n_heads)
+    told = {
+        shared: "That is Mistral 7B as it is: `replace` gives a copy, and leaves the "
+        "configuration as it was.",
+        unshared - shared: "That many are added. How many are there in all?",
+        (shared + unshared) // 2: "That widens the keys or the values: both are shared.",
+        _parameters(n_heads=MISTRAL_7B.n_kv_heads): "Now keys and values are still 8 "
+        "heads, and so are the queries. It is `n_kv_heads` that should grow.",
     }
-    for hint, other in others.items():
-        if np.allclose(answer, other, rtol=1e-2, atol=1e-2):
-            return hint
-    return "Is it w2(silu(w1(x)) * w3(x)), each weight transposed?"
+    wrong = None
+    if answer != unshared:
+        default = "Too many." if answer > unshared else "Too few."
+        wrong = told.get(answer, f"{default} Only `n_kv_heads` changes.")
+    praise = f"Sharing keys and values saves {unshared - shared:,} of them."
+    return verdict("unshared_parameters", wrong, praise)
+
+
+def _parameters(**changes) -> int:
+    """The parameters of Mistral 7B with another configuration."""
+    config = dataclasses.replace(MISTRAL_7B, **changes)
+    skeleton = eqx.filter_eval_shape(mx.Transformer, config, key=jr.key(0))
+    return sum(leaf.size for leaf in jax.tree.leaves(skeleton))
 
 
 SUSPECTS = {"A": "theta 1e6", "B": "window + 1"}

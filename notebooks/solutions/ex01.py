@@ -1,22 +1,30 @@
 """Right and wrong answers to the exercises of notebook 01. The notebook shows the right."""
 
+import dataclasses
+
+import equinox as eqx
 import jax
 
-
-def swiglu(x, w1, w2, w3):
-    return (jax.nn.silu(x @ w1.T) * (x @ w3.T)) @ w2.T
-
-
-def swiglu_wrong(x, w1, w2, w3):
-    return (x @ w1.T * jax.nn.silu(x @ w3.T)) @ w2.T
+import mistral_eqx as mx
+import nb01
 
 
-def swiglu_wrong_2(x, w1, w2, w3):
-    return (jax.nn.gelu(x @ w1.T) * (x @ w3.T)) @ w2.T
+unshared_parameters = sum(
+    leaf.size
+    for leaf in jax.tree.leaves(
+        eqx.filter_eval_shape(
+            mx.Transformer,
+            dataclasses.replace(nb01.MISTRAL_7B, n_kv_heads=32),
+            key=jax.random.key(0),
+        )
+    )
+)  # 8,047,038,464
 
+unshared_parameters_wrong = 7_241_732_096  # as it is
 
-def swiglu_wrong_3(x, w1, w2, w3):
-    return jax.nn.silu(x @ w1.T) @ w2.T
+unshared_parameters_wrong_2 = 805_306_368  # what is added
+
+unshared_parameters_wrong_3 = 7_644_385_280  # the keys alone
 
 
 # B leaves zero at a stroke once the window of 64 is full; A rises from position 1 on.

@@ -19,20 +19,14 @@ def band_wrong_3(n, window):
     return np.triu(np.tril(np.ones((n, n), bool)), 2 - window)
 
 
-def layers_for(reach, window):
-    return -(-reach // (window - 1))
+# A layer moves 4,095 positions, and 32 of them 131,040.
+layers_needed = -(-131_072 // (4_096 - 1))  # 33
 
+layers_needed_wrong = 32
 
-def layers_for_wrong(reach, window):
-    return -(-reach // window)
+layers_needed_wrong_2 = 131_072 / 4_095
 
-
-def layers_for_wrong_2(reach, window):
-    return reach // (window - 1)
-
-
-def layers_for_wrong_3(reach, window):
-    return reach // (window - 1) + 1
+layers_needed_wrong_3 = 34
 
 
 def scores(n, window):

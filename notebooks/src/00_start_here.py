@@ -16,7 +16,8 @@
 # - **Before this**: nothing. Some Python.
 # - **Time**: {{time}}. Run the cells from top to bottom (Shift + Enter).
 # - **The code lives in** `mistral_eqx/`, a package, and `one_file_ref.py`, the same model
-#   in one file: two ports of Mistral to JAX. The plots and the map are in `nb00.py`.
+#   in one file. Both are **ports** of Mistral: its program, written anew for the library
+#   JAX. The plots and the map are in `nb00.py`.
 
 # %%
 import mistral_eqx as mx
@@ -44,15 +45,16 @@ begin = "ROMEO.\nBut soft"
 print(mx.generate(model, tokenizer, begin, max_tokens=50, temperature=0.8, seed=1))
 
 # %% [markdown]
-# The text sounds like a play and means little: the model has some five million parameters.
-# Mistral 7B has a thousand times as many, and the same program.
+# The text sounds like a play and means little. The model has some five million
+# **parameters** (or **weights**), the numbers that training has set. Mistral 7B runs the
+# same program with more than a thousand times as many.
 #
 # ## Break one line
 #
 # The program stands in `one_file_ref.py`, which follows Mistral's own reference line by
 # line. The next cell changes one line of it, runs the changed program, and shows what it
-# writes beside what it wrote before. The weights stay as they are. Choose another bug from
-# the list, and run the cell again.
+# writes beside what it wrote before. The weights stay as they are. Choose another bug, and
+# run the cell again; the section below explains them.
 #
 # The **loss** is how badly the program predicts passages of Shakespeare that it was not
 # trained on: the mean of minus the logarithm of the probability that it gave to the token
@@ -68,22 +70,24 @@ nb00.beside(bug)
 nb.check("loss of the port as it is (nats a token)", nb00.run(None).loss, lt=4.5)
 
 # %% [markdown]
-# The broken program raised no error: every array still had the right shape. That is why
-# this repository compares logits, layer by layer, and does not trust a run that ends.
+# The broken program raised no error, because every array still had the right shape. That
+# is why this repository does not trust a run that ends. It compares the numbers of every
+# layer, and the *logits*, the scores from which the probabilities are made.
 #
 # ## The museum of bugs
 #
 # Seven lines, each broken in a way that happens to people who port models:
 #
-# 1. **Half-split RoPE**: a position turns pairs of features. This pairs feature `i` with
-#    `i + 16`, as Hugging Face's files want it, but these weights pair neighbours.
+# 1. **Half-split RoPE**: RoPE tells the model where a token stands, by turning pairs of
+#    its features. This pairs feature `i` with `i + 16`, as Hugging Face's files want it,
+#    but these weights pair neighbours.
 # 2. **eps misplaced**: the small number that keeps RMSNorm from dividing by zero is added
 #    after the square root, not before.
-# 3. **softmax in bfloat16**: attention weights are computed with two to three digits
-#    instead of seven.
+# 3. **softmax in bfloat16**: how much a token takes from each earlier one is computed with
+#    two to three digits instead of seven.
 # 4. **wo transposed**: `x @ w` for `x @ w.T`. The matrix is square, so it fits.
-# 5. **w1, w3 swapped**: the two inputs of SwiGLU change places.
-# 6. **window off by one**: a token sees one key less of the past.
+# 5. **w1, w3 swapped**: two matrices of SwiGLU, the feed-forward network, change places.
+# 6. **window off by one**: a token looks back a fixed number of tokens; here, one fewer.
 # 7. **position + 1**: each new token is told that it stands one place further on than it
 #    does.
 #
@@ -102,8 +106,8 @@ nb.guess("Bugs that leave the text as it was", my_silent, len(silent), nb00.WHY_
 
 # %% [markdown]
 # A text stays the same as long as each of its tokens stays the most probable one. The loss
-# sees more than that, because it counts how probable each token was. Here it is once more,
-# beside the loss of a model that knows nothing.
+# sees more, because it counts how probable each token was. Here it is once more, beside
+# the loss of a model that knows nothing.
 
 # %%
 nb00.bars(runs)
@@ -113,17 +117,17 @@ nb.check("largest loss, over knowing nothing", nb00.excess(runs), gt=0.3)
 
 # %% [markdown]
 # So a loss that looks fine proves little: whoever ports a model has to compare the numbers
-# inside of it with those of another program. [01](01_one_model_two_languages.ipynb) does.
+# inside it with those of another program, as [01](01_one_model_two_languages.ipynb) does.
 #
-# One exhibit is a surprise of another kind. The line with the *window* that is off by one
-# is the right one: Mistral's reference lets a token see one key too many, and the port
+# One exhibit is a surprise of another kind. In *window off by one*, the broken line is the
+# right one: Mistral's reference lets a token look back one token too far, and the port
 # keeps that, because it is a port. [03](03_sliding_window_attention.ipynb) shows how to
 # find out.
 #
 # ## The map
 #
 # These are all parts of the model, in the order in which a token meets them, with the
-# shapes of their arrays: `wq [256, 256] → q` is a matrix and what it makes. Attention and
+# shapes of their arrays: in `wq [256, 256] → q`, the matrix `wq` makes `q`. Attention and
 # SwiGLU only *add* to the thick line. The map prints on one page:
 # [pictures/map.svg](pictures/map.svg).
 

@@ -19,9 +19,9 @@
 #   Mistral's reference, line by line) and `torch_mistral.py` (the same model in PyTorch).
 # - **Model and data**: the embedded model (6 layers, 256 wide, a sliding window of 64
 #   tokens) and Shakespeare that it has never been trained on.
-# - **Torch**: live if installed, else its recorded answers. All runs without it.
+# - **Torch**: live if installed, else its recorded answers. All cells run without it.
 # - **Predict first**: what does `jax.grad` do with a number that is no weight? How far
-#   apart are the logits of two right programs? Which bugs hide at position 0?
+#   apart are the logits of two right programs? Which bugs does the first token not show?
 #
 # The letters: `T` tokens, `D` width of the residual stream, `L` layers, `V` vocabulary;
 # the legend of all notebooks is in [README.md](README.md).
@@ -55,11 +55,11 @@ start = " ".join(tokenizer.decode(tokens).split()[:10])
 nb.say(f"The text begins: *{start} ...*")
 
 # %% [markdown]
-# `read` below runs a model over the text. What it gives are the **logits**: for each of the
-# 128 positions, a number for each of `V` = 2,048 tokens that may come next. `nats` turns
-# them into the **loss** of each token: minus the logarithm of the probability that the
-# model gave to the token that came. (`eqx.filter_jit` compiles a function; *Six words of
-# JAX* below explains it.)
+# `read` below runs a model over the text, and gives the **logits**: for each of the 128
+# positions, a number for each of `V` = 2,048 tokens that may come next. `nats` turns them
+# into the **loss** of each token: minus the logarithm of the probability that the model
+# gave to the token that came. (`eqx.filter_jit` compiles a function, and a `key` is the
+# source of random numbers. Both are explained below.)
 
 
 # %%
@@ -75,7 +75,7 @@ def nats(logits):  # [T, V] -> [T - 1]
 # ## One of these two programs is wrong
 #
 # Here are two programs for the same weights. One of them has a mistake in one line, as
-# ports have. The figure shows what a person would look at first: the loss, token by token.
+# ports often have. The figure shows what one might look at first: the loss, token by token.
 
 # %%
 truth = read(package)
@@ -104,7 +104,8 @@ nb.check("and yet, largest difference of a logit", jnp.abs(mistaken - truth).max
 # JAX is NumPy (`jnp`) with functions that **transform functions**. First the data. A
 # **pytree** is arrays inside of tuples, lists, dicts or modules, nested as you like. The
 # arrays are its **leaves**. `jax.tree.leaves` lists them, and **`jax.tree.map`** applies a
-# function to each and keeps the nest around them. A model is a pytree, of its weights.
+# function to each and keeps the nest around them. A model is a pytree whose leaves are its
+# weights.
 
 # %%
 numbers = jnp.arange(16.0).reshape(4, 4)
@@ -138,11 +139,12 @@ nb.check("vmap = a loop over rows", jax.vmap(square_sum)(numbers).tolist(), eq=n
 # %% [markdown]
 # The fifth word is **`jax.eval_shape(f, x)`**. It traces `f` and computes nothing, and
 # tells which shape the result would have. So a model of any size can be made as a
-# **skeleton**, which needs no memory.
+# **skeleton**, with shapes in the places of its arrays.
 #
-# And Equinox has its own edition of each word: **`eqx.filter_jit`**, `filter_vmap`,
-# `filter_grad`, `filter_eval_shape`. They take arguments that hold other things than
-# arrays, as modules do: arrays are traced or differentiated, all else is left alone.
+# The sixth is **`filter_`**: Equinox has its own edition of each transformation,
+# `eqx.filter_jit`, `filter_vmap`, `filter_grad` and `filter_eval_shape`. They also take
+# arguments that hold other things than arrays, as modules may, and transform only the
+# arrays.
 
 # %%
 print(jax.eval_shape(square_sum, numbers[1]))
@@ -152,8 +154,8 @@ print(skeleton.layers[0].attention.wk.weight)
 nb.check("parameters of Mistral 7B, without making one", size, eq=7_241_732_096)
 
 # %% [markdown]
-# **Takeaway.** Seven billion weights were described, and not one was made: what JAX works
-# on is the description of a program, and `jit`, `vmap` and `grad` make a new one of it.
+# **Takeaway.** JAX described seven billion weights without making one, because it works on
+# the description of a program. `jit`, `vmap` and `grad` turn one program into another.
 #
 # ## One file of weights, three programs
 #
@@ -161,7 +163,7 @@ nb.check("parameters of Mistral 7B, without making one", size, eq=7_241_732_096)
 # `consolidated.safetensors`, and there are three programs: PyTorch's, the one-file port,
 # which follows Mistral's published reference line by line, and the package, which is the
 # model as a JAX programmer would build it. If all three read the same file and compute
-# the same thing, the port is right.
+# the same numbers, the ports are right.
 #
 # In torch a weight's name is spelt by the attributes that lead to it:
 # `layers.0.attention.wq.weight`. An Equinox model is a tree of attributes too, so the
@@ -226,9 +228,10 @@ nb.show_diff("torch_mistral.py:FeedForward", mx.transformer.FeedForward)
 # 2. **Randomness comes in by hand**, as a `key`. Torch draws the initial weights from a
 #    hidden global generator. In JAX a key always gives the same numbers, and
 #    **`jax.random.split`** makes new keys of one.
-# 3. **`forward` is called `__call__`**, and shapes are part of the signature. The axis
-#    `dim` of the input is the axis `dim` of the output, and in the tests this is checked
-#    on every call.
+# 3. **`forward` is called `__call__`**, and shapes are part of the signature:
+#    `Float[Array, "seq dim"]` (of the library *jaxtyping*) is an array of floats with two
+#    axes. The axis `dim` of the input is the axis `dim` of the output, and in the tests
+#    this is checked on every call.
 
 # %%
 print(jax.random.normal(key, (2,)), jax.random.normal(key, (2,)))
@@ -242,8 +245,8 @@ print(jax.random.normal(one, (2,)), jax.random.normal(other, (2,)))
 nb.show_diff("torch_mistral.py:RMSNorm", mx.transformer.RMSNorm)
 
 # %% [markdown]
-# Why static? `jax.jit` traces every leaf and `jax.grad` differentiates every leaf, but a
-# number like `eps`, or the number of heads, is no weight.
+# Why static? A number like `eps`, or the number of heads, is part of the program and no
+# weight.
 #
 # **Predict.** Forget the mark. The module below has an array and a plain Python float. What
 # does `jax.grad` do with the float: raise an error, do nothing, or give it a gradient?
@@ -276,8 +279,9 @@ nb.check("gradient of the float by jax.grad, the sum of 0 to 15", by_jax, eq=120
 nb.check("eqx.filter_grad leaves the float alone", by_equinox is None, eq=True)
 
 # %% [markdown]
-# An optimizer would follow that gradient, and train your `eps`. So the rule of the package:
-# arrays are leaves, all else is static.
+# `jax.grad` differentiates every leaf that it is given, so an optimizer that follows it
+# would train your `eps`. Hence the rule of the package: arrays are leaves, all else is
+# static.
 
 # %%
 leaves = jax.tree.leaves(package)
@@ -294,10 +298,10 @@ except dataclasses.FrozenInstanceError as error:
     print("FrozenInstanceError:", error)
 
 # %% [markdown]
-# There is no mutation because a function whose input can change behind its back can
-# neither be compiled nor differentiated. **`eqx.tree_at`** makes the *changed copy*
-# instead: say where, say what. The copy shares every other array with the original, so it
-# costs nothing. First on the small module, then on the model:
+# A compiled function knows only what goes in and what comes out, so a change made on the
+# side would be lost. **`eqx.tree_at`** makes a *changed copy* instead: say where, say what.
+# The copy shares every other array with the original. First on the small module, then on
+# the model:
 
 # %%
 print(eqx.tree_at(lambda m: m.weight, small, jnp.eye(4))(jnp.ones(4)))
@@ -309,8 +313,8 @@ nb.check("the original is as it was", bool(jnp.all(package.norm.weight != 0)), e
 # %% [markdown]
 # And **static** things are changed by giving the same leaves another structure:
 # `jax.tree.structure` takes the nest without its leaves, **`jax.tree.unflatten`** puts
-# leaves into a nest. `nb01.with_config` does so with a whole model, whose skeleton
-# `filter_eval_shape` makes of another configuration.
+# leaves into a nest. `nb01.with_config` does so with a whole model: `filter_eval_shape`
+# makes a skeleton of another configuration, and the leaves are put into its structure.
 
 # %%
 structure = jax.tree.structure(Scale(numbers, 3.0))
@@ -325,10 +329,10 @@ nb.check("its weights are shared", narrow.norm.weight is package.norm.weight, eq
 #
 # ## One sequence, and `vmap` for the batch
 #
-# Torch's modules, and the one-file port which imitates them, carry a batch axis through
-# every line. The package's take **one sequence**, `[T]`, and `vmap` adds the batch axis to
-# the whole program. No line of the model knows that batches exist. Naively, a batch is a
-# loop over its rows:
+# Torch's modules carry a batch axis through every line, and so does the one-file port. The
+# package's modules take **one sequence**, `[T]`, and `vmap` adds the batch axis to the
+# whole program. No line of the model knows that batches exist. Naively, a batch is a loop
+# over its rows:
 
 # %%
 batch = text.reshape(4, 32)  # [B, T]
@@ -351,15 +355,19 @@ nb.check("max|Δ| logits, batch and rows alone", jnp.abs(together - alone).max()
 my_gap = None  # 0, 1e-7, 1e-5 or 1e-2
 
 # %% [markdown]
-# One difference must be out of the way first, because it is real: past its window, the
-# reference's mask lets a query see 65 keys where everyone else shows 64. The one-file
-# port keeps that, for it is a port ([03](03_sliding_window_attention.ipynb) is about it).
-# Told that the window is 63, it sees 64 keys, and all three compute the same function.
+# One difference must be out of the way first, because it is real. In attention, a token's
+# *query* is compared with the *keys* of itself and of earlier tokens, and the **window** is
+# how many keys it sees. The reference's mask lets a query see 65 keys where the other
+# programs show 64. The one-file port keeps that, because it is a port
+# ([03](03_sliding_window_attention.ipynb) is about it). If we tell it that the window is
+# 63, it sees 64 keys, and all three compute the same function.
 #
-# Now the **taps**: the residual stream after the embedding, and after each attention and
-# each feed-forward network; 13 of them, and the logits. In torch one hangs *hooks* on a
-# model and runs it. In Equinox a model is data and its parts are functions, so one simply
-# walks along them. (The walks through the other two programs are in `nb01.py`.)
+# Now the **taps**, at which we compare. The **residual stream** is a table with a row of
+# `D` numbers for each token, to which every part of the model adds
+# ([02](02_inside_one_block.ipynb)). We keep it after the embedding, and after each
+# attention and each feed-forward network: 13 taps, and the logits. In torch one hangs
+# *hooks* on a model and runs it. In Equinox one calls the parts of the model one after the
+# other. (The walks through the other two programs are in `nb01.py`.)
 
 
 # %%
@@ -375,10 +383,11 @@ def taps_package(model, tokens):
 
 
 # %% [markdown]
-# Torch's answers are kept in a file for readers without torch, so the three-way
-# comparison looks at 12 of the 128 positions, early and late; the argmax is compared at
-# all of them further below. Everything is done twice, in float32, and in bfloat16, which
-# keeps only the first 8 of a float's 24 significant bits.
+# Torch's answers are kept in a file for readers without torch. To keep the file small, the
+# three-way comparison looks at 12 of the 128 positions, early and late; the most probable
+# token (the *argmax*) is compared at all of them further below. Everything is done twice,
+# in float32, and in bfloat16, which keeps only the first 8 of a float's 24 significant
+# bits.
 
 # %%
 ROWS = np.array([0, 1, 2, 7, 31, 62, 63, 64, 65, 100, 126, 127])
@@ -412,9 +421,9 @@ for dtype in ("float32", "bfloat16"):
 # %%
 nb01.distances(distance)
 nb.caption(
-    "in float32 the programs agree to six digits, and in bfloat16 to about two. In "
-    "neither does a layer jump out. A point on the floor is an exact zero: the embedding "
-    "is a look-up."
+    "in float32 the programs agree to more than five digits, and in bfloat16 to about "
+    "two. In neither does the difference jump at some layer. A point on the floor is an "
+    "exact zero: the embedding is a look-up."
 )
 
 # %% [markdown]
@@ -441,8 +450,8 @@ nb.guess(
     float(10.0 ** np.round(np.log10(noise))),
     why={
         0: "they add the same numbers in another order, and each order rounds differently.",
-        1e-7: "that is one rounding of a number near 1; here are thousands, of numbers "
-        "near ten.",
+        1e-7: "that is one rounding of a number near 1; here thousands of numbers are "
+        "rounded, some of them near ten.",
         1e-2: "that is a bug, or bfloat16.",
     },
 )
@@ -464,14 +473,13 @@ nb.check("a sum of 1,000 numbers in two orders, apart", abs(forwards - backwards
 # **Takeaway.** What proves the port is not that the difference is small. It is **as small
 # as rounding**, at **every layer**.
 #
-# ## The parts that hide
+# ## Part by part
 #
-# Some mistakes hide from any comparison of logits, so their parts are compared by
-# themselves.
+# Now two parts by themselves. The first is **RoPE**, which tells attention where tokens
+# stand: it turns queries and keys by angles that grow with the position.
 #
-# **Predict.** RoPE turns queries and keys by angles that grow with the position. A port
-# begins to count at 1 instead of 0, so that every angle is wrong. What happens to the
-# logits?
+# **Predict.** A port begins to count at 1 instead of 0, so that every angle is wrong. What
+# happens to the logits?
 
 # %%
 my_shift = None  # "nothing", "a small error" or "a large error"
@@ -493,8 +501,9 @@ nb.guess(
 nb.check("max|Δ logits|, all positions too high", shift_gap, lt=5e-4)
 
 # %% [markdown]
-# So the angles have to be compared by themselves. A longer text would show the mistake no
-# better. It would show later, when a cache that counts from 0 meets it.
+# So no comparison of logits finds this mistake, and a larger shift shows no more (try the
+# knob). It would do harm where another part of the program, such as a cache, counts from
+# 0. Therefore the angles have to be compared by themselves.
 
 # %%
 positions = jnp.arange(128, dtype=jnp.int32)
@@ -507,10 +516,9 @@ shifted_gap = jnp.abs(angles(positions + shift)[0] - cos).max()
 nb.check("max|Δ| of cosines, all positions too high", shifted_gap, gt=0.5)
 
 # %% [markdown]
-# And RMSNorm: Mistral rounds the normalised value to the model's dtype **before** it
-# multiplies by the weight; most libraries, Equinox's own among them, after. In float32
-# that is the same. In bfloat16, count the values that come out equal to torch's, bit for
-# bit.
+# The second part is RMSNorm. Mistral rounds the normalised value to the model's dtype
+# **before** it multiplies by the weight, `eqx.nn.RMSNorm` after. In float32 nothing is
+# rounded there. In bfloat16, count the values that come out equal to torch's, bit for bit.
 
 # %%
 x = 3 * jax.random.normal(key, (128, 256), jnp.bfloat16)  # [T, D]
@@ -534,13 +542,14 @@ nb.check("RMSNorm bf16, share equal to torch's, one file", equal["one file"], gt
 nb.check("RMSNorm bf16, share equal to torch's, eqx.nn", equal["eqx.nn.RMSNorm"], lt=0.95)
 
 # %% [markdown]
-# **Takeaway.** What cancels in the logits, or in float32, has to be compared by itself.
+# **Takeaway.** Some mistakes hide from a comparison of logits, or of float32. Their parts
+# have to be compared by themselves.
 #
 # ## Two ports and torch
 #
-# Does any of it matter to the reader of the text? Two questions: is the most probable
-# token the same at all 128 positions, and do 64 tokens written **greedily**, always with
-# the most probable next one, come out the same?
+# Does rounding matter to the reader of the text? Two questions: is the most probable token
+# the same at all 128 positions? And do 64 tokens written **greedily**, always with the most
+# probable next one, come out the same?
 
 
 # %%
@@ -585,18 +594,19 @@ for name in gaps:
     nb.check(f"64 greedy tokens, {name} = torch", same_text[name], eq=True)
 
 # %% [markdown]
-# The difference in code between the ports: the one-file port repeats each key head four
-# times to match the query heads and masks the whole square of scores, as the reference
-# does. The package multiplies the four query heads that share a key head as the rows of
-# one matrix, block by block along the band. Same sums, another order.
+# The difference in code between the ports is attention, where four *query heads* share a
+# *key head* ([02](02_inside_one_block.ipynb)). The one-file port repeats each key head four
+# times and masks the whole square of scores, as the reference does. The package multiplies
+# the four query heads as the rows of one matrix, block by block along the window
+# ([03](03_sliding_window_attention.ipynb)). The sums are the same, in another order.
 #
 # **Takeaway.** Equal to rounding at all 14 places, equal in every token.
 #
 # ## The museum of bugs
 #
-# Every exhibit below is a port with **one** mistake, of a kind that has shipped. Each
-# loads without an error, because each has the right shapes: `D` happens to be heads ×
-# head width, so even a transposed `wo` fits.
+# Every exhibit below is a port with **one** mistake, of a kind that ports have. Each loads
+# without an error, because each has the right shapes: `D` happens to be heads × head
+# width, so even `wo`, the matrix at the end of attention, fits when it is transposed.
 #
 # 1. **Half-split RoPE**: weights from Hugging Face, whose rows pair feature `i` with `i +
 #    16`, in a program that pairs neighbours. (transformers #31788 is this, for the keys
@@ -605,8 +615,8 @@ for name in gaps:
 # 3. **Window + 1**: the reference's own slip.
 # 4. **eps 1e-3** for 1e-5: a default that nobody looked at.
 # 5. **`wo` transposed**: `x @ w` for `x @ w.T`.
-# 6. **`w1`, `w3` swapped**: other code calls them *gate* and *up*, or the other way
-#    round.
+# 6. **`w1`, `w3` swapped**: two matrices of the feed-forward network, which other code
+#    calls *gate* and *up*.
 
 # %%
 swap = lambda ffn: eqx.tree_at(lambda f: (f.w1, f.w3), ffn, (ffn.w3, ffn.w1))
@@ -617,9 +627,7 @@ museum = {
     "theta 1e6": with_config(package, rope_theta=1e6),
     "window + 1": with_config(package, sliding_window=65),
     "eps 1e-3": with_config(package, norm_eps=1e-3),
-    "wo transposed": in_every_layer(
-        package, lambda b: b.attention.wo.weight, jnp.transpose
-    ),
+    "wo transposed": in_every_layer(package, wo, jnp.transpose),
     "w1, w3 swapped": in_every_layer(package, lambda b: b.feed_forward, swap),
 }
 
@@ -639,8 +647,8 @@ nb.guess(
     my_invisible,
     len(hidden),
     why={
-        1: "RoPE, surely; but two of the bugs are in RoPE, and not they alone hide.",
-        2: "those of RoPE, but a window that is too wide also needs more tokens to show.",
+        1: "two of the bugs are in RoPE, which does not turn position 0.",
+        2: "the two of RoPE hide, and a window that is too wide needs more tokens to show.",
         6: "a wrong matrix is wrong for any token.",
     },
 )
@@ -650,16 +658,16 @@ groups = {"hidden at position 0": {n: prints[n] for n in hidden}}
 groups["seen at position 0"] = {n: prints[n] for n in prints if n not in hidden}
 nb01.fingerprints(groups, noise)
 nb.caption(
-    "each bug has a fingerprint. Those of RoPE start at nothing, since position 0 is "
-    "turned by no angle, and are there from position 1 on. Window + 1 is right until the "
-    "window is full, then wrong. A swapped or transposed matrix is wrong from the first "
-    "token on, and eps too, if less. The thick grey line is how far apart torch and the "
-    "package are: every bug stands far above it."
+    "the bugs have different fingerprints. Those of RoPE start at nothing, since position "
+    "0 is turned by no angle, and are there from position 1 on. Window + 1 is right until "
+    "the window is full, then wrong. A swapped or transposed matrix is wrong from the "
+    "first token on, and so is eps, by less. The thick grey line is how far apart torch "
+    "and the package are: every bug rises far above it."
 )
 
 # %% [markdown]
-# A test that looks at the first token alone misses three of these, and one with a prompt
-# shorter than the window still misses one. The claims:
+# A test that looks at the first token alone misses the bugs of the upper panel, and a test
+# with a prompt shorter than the window still misses one of them. The claims:
 
 # %%
 for name in ("half-split RoPE", "theta 1e6"):
@@ -674,7 +682,7 @@ faintest = min(print_.max() for print_ in prints.values())
 nb.check("the faintest bug, over the noise", faintest / noise, gt=20)
 
 # %% [markdown]
-# And the loss, which is what one looks at when there is nothing to compare with?
+# And the loss? It is what one looks at when there is no other program to compare with.
 
 # %%
 losses = {name: float(nats(w).mean()) for name, w in wrong.items()}
@@ -702,24 +710,23 @@ nb.say(
 # Each cell below runs as it is and says *not done yet*. Replace `NotImplemented`, run
 # again, and the checker says what is wrong.
 #
-# **Exercise 1: port SwiGLU** (● 5 minutes). `x` is `[T, D]`, the weights are `[out, in]`
-# as in torch. The checker runs yours on the embedded model's weights.
+# **Exercise 1: a key for every query** (● 5 minutes). In Mistral 7B, 32 query heads share 8
+# heads of keys and values: `n_heads` and `n_kv_heads` of `nb01.MISTRAL_7B`. How many
+# parameters would it have if each query head had keys and values of its own? The answer is
+# a number, and no weight needs to be made.
 #
 # <details><summary>Hint</summary>
 #
-# `jax.nn.silu` exists, and `x @ w.T` is what `nn.Linear` does.
+# `dataclasses.replace(config, name=value)` is a changed copy of a configuration. The rest
+# is in *Six words of JAX*.
 #
 # </details>
 #
-# {{solution:swiglu}}
-
+# {{solution:unshared_parameters}}
 
 # %%
-def swiglu(x, w1, w2, w3):
-    return NotImplemented
-
-
-ex01.check_swiglu(swiglu)
+unshared_parameters = NotImplemented
+ex01.check_unshared_parameters(unshared_parameters)
 
 # %% [markdown]
 # **Exercise 2: name the bug** (●● 5 minutes). Two curves of the museum, without their
@@ -736,17 +743,16 @@ ex01.check_swiglu(swiglu)
 
 # %%
 nb01.suspects({letter: prints[name] for letter, name in ex01.SUSPECTS.items()})
-nb.caption("both curves begin at the floor. One leaves it at once, the other one later.")
+nb.caption("both curves begin on the floor. One leaves it at once, the other later.")
 
 # %%
 name_the_bug = {"A": NotImplemented, "B": NotImplemented}
 ex01.check_name_the_bug(name_the_bug)
 
 # %% [markdown]
-# **Exercise 3: load by path** (●●● 10 minutes). Given a model without data, and a
-# dictionary from names to arrays, return the model with the arrays in their places. This
-# is a torch `load_state_dict` for any Equinox model. A name that is missing must raise
-# `KeyError`.
+# **Exercise 3: load by path** (●●● 10 minutes). Write a `load_state_dict` for any Equinox
+# model: given a skeleton, and a dictionary from names to arrays, return the model with the
+# arrays in their places. A name that is missing must raise `KeyError`.
 #
 # <details><summary>Hint</summary>
 #
@@ -776,7 +782,7 @@ rows = [
     ["what is a weight", "registered parameters", "a field that is not static", n_static],
     ["a change", "in place", "a copy by `tree_at`", "the other arrays are shared"],
     ["a batch", "an axis in every line", "`vmap`", "equal to a loop, to rounding"],
-    ["the numbers", "one order of sums", "another", f"{noise:.0e} between the logits"],
+    ["the logits", "one order of sums", "another order", f"{noise:.0e} apart"],
 ]
 nb.table(["", "torch", "Equinox", "proof"], rows)
 
@@ -795,9 +801,9 @@ nb.say(
 )
 
 # %% [markdown]
-# **What we did not show**: gradients, a GPU (where float32 products need
-# `jax.default_matmul_precision("highest")` to be exact), and models with other
-# checkpoints' names.
+# **What we did not show**: gradients of the model, a GPU (where products of float32 may be
+# rounded to fewer bits unless `jax.default_matmul_precision("highest")` is set), and
+# checkpoints whose weights have other names.
 #
 # **Further reading**: Mistral 7B, arXiv 2310.06825, §2; RoFormer, arXiv 2104.09864, §3.2
 # (RoPE); GLU Variants, arXiv 2002.05202 (SwiGLU); Kidger & Garcia, arXiv 2111.00254

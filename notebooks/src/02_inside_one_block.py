@@ -18,7 +18,7 @@
 # - **The code lives in** `layers.py`, `rope.py`, `attention.py` and `transformer.py` of
 #   `mistral_eqx/`, and in `one_file_ref.py`.
 # - **Model and data**: the embedded model (6 blocks, 256 wide, 8 query heads, 2 key and
-#   value heads, a window of 64 tokens) and Shakespeare that it has never seen.
+#   value heads; a token sees the last 64) and Shakespeare that it has never seen.
 # - **Torch**: live if installed, else its recorded answers.
 # - **Predict first**: is a model without positions blind to order? You double the input
 #   of a feed-forward network: how much does its output grow? Which lost part harms a
@@ -53,9 +53,11 @@ text = jnp.asarray(nb.held_out(1024)).reshape(8, 128)  # [B, T]
 tokens = text[0]  # [T]
 
 # %% [markdown]
-# Two measures: the **rms**, root mean square, is the size of a typical number in an array.
-# The **loss** is the average of `-log p(next token)`, in nats. A model that knows nothing
-# gives each of 2,048 tokens the same chance, and its loss is log 2048.
+# Two measures: the **rms**, root mean square, is the size of a typical number in an
+# array. The **loss** is the average of `-log p(next token)`, in nats. The model's output,
+# the **logits**, is a number for each of 2,048 tokens; **softmax** turns them into
+# probabilities, which sum to one. A model that knows nothing gives every token the same,
+# and its loss is log 2048.
 
 
 # %%
@@ -83,8 +85,8 @@ knows_nothing = float(np.log(config.vocab_size))
 nb.show_source(mx.TransformerBlock.attend, mx.TransformerBlock.feed)
 
 # %% [markdown]
-# Both end in `x + ...`. Nothing is ever overwritten. Let us walk through the six blocks and
-# keep the stream after each half. `places` holds where the tokens stand; RoPE will need it.
+# Both add to `x`. We walk through the six blocks and keep the stream after each half.
+# `places` holds where the tokens stand, for RoPE.
 
 # %%
 places, stream = package.places(tokens, None), [package.tok_embeddings(tokens)]
@@ -100,8 +102,9 @@ for block in package.layers:
 lens = [float(nats(package.logits(x), tokens)) for x in stream]
 nb02.lens(lens, knows_nothing)
 nb.caption(
-    "the model's answer, read too early. The embedding alone is worse than knowing "
-    "nothing. Block 1 gains the most, and every later block improves on what it gets."
+    "the model's answer, read too early. Read from the embedding alone, it is worse than "
+    "knowing nothing. Block 1 gains the most, and every later block improves on what it "
+    "gets."
 )
 
 # %%
@@ -112,8 +115,8 @@ nb.check("the least that a block improves the loss (nats)", gains.min(), gt=0.05
 nb.check("the block that gains the most", int(gains.argmax()) + 1, eq=1)
 
 # %% [markdown]
-# And do blocks really only add? Then the model's last state is the embedding plus twelve
-# arrays, which are made here by the parts alone.
+# Do blocks only add? Then the model's last state is the embedding plus twelve arrays, which
+# are made here by the parts alone.
 
 # %%
 total = stream[0]
@@ -129,15 +132,15 @@ growth = float(rms(last) / rms(stream[0]))
 nb.check("the stream's growth, embedding to end (times)", growth, gt=50)
 nb.say(
     "**Takeaway.** The stream is the sum of an embedding and twelve additions. On its way "
-    f"its numbers grow {growth:.0f} times, from {rms(stream[0]):.2f} to {rms(last):.1f}: "
-    "whatever reads it must not mind its size."
+    f"its numbers grow {growth:.0f} times, from {rms(stream[0]):.2f} to {rms(last):.1f}, "
+    "so parts that read it must cope with any size."
 )
 
 # %% [markdown]
 # ## RMSNorm: read the stream at one size
 #
-# That is what the norm is for. It divides a row by its rms, so that every reader gets
-# numbers of about one, and then multiplies each of the `D` features by a learned weight.
+# The norm divides a row by its rms, so that every reader gets numbers of about one, and
+# then multiplies each of the `D` features by a learned weight.
 # Three lines, for one row. The `eps` keeps a row of zeros from dividing by zero.
 
 
@@ -175,7 +178,7 @@ thousand = jnp.abs(norm(1000 * rows[4:]) - norm(rows[4:])).max()
 nb.check("max|Δ| of the output, input x 1000", thousand, lt=1e-3)
 
 # %% [markdown]
-# A row and a thousand times that row look the same to whatever reads it. It cannot be so
+# A row and a thousand times that row look the same to whatever reads them. That cannot hold
 # for the very smallest rows, next to which `eps` is no longer small.
 #
 # **Predict.** `eps` is 1e-5. Take a row of rms 1 and shrink it. At which rms does the norm
@@ -185,8 +188,9 @@ nb.check("max|Δ| of the output, input x 1000", thousand, lt=1e-3)
 my_half = None  # 0.1, 0.002 or 0.00001
 
 # %% [markdown]
-# We let the package's norm (with all its weights at 1) shrink a row from rms 100 down to
-# 1e-7, and draw what a norm with `eps` in the wrong place, outside the root, would do.
+# We give the package's norm (with all its weights at 1) a row of every size from rms 100
+# down to 1e-7, and draw what a norm with `eps` in the wrong place, outside the root, would
+# do.
 
 # %%
 row = jax.random.normal(key, (256,))
@@ -208,7 +212,8 @@ nb.guess("Half size at", my_half, float(f"{half:.0e}"), why={0.1: far, 0.00001: 
 
 # %%
 sizes_of_rows = [float(jax.vmap(rms)(x).min()) for x in package.hidden_states(tokens)[0]]
-nb02.norm_sizes(sizes, {"eps in the root": inside, "outside": outside}, sizes_of_rows)
+curves = {"eps in the root": inside, "eps outside": outside}
+nb02.norm_sizes(sizes, curves, sizes_of_rows)
 nb.caption(
     "on the right both curves are flat: the size of the input does not matter. On the left "
     "the norm fades out, and where it does so depends on where `eps` stands. Inside the "
@@ -217,7 +222,7 @@ nb.caption(
 )
 
 # %% [markdown]
-# How far apart are the two places of `eps`?
+# How far apart are the two curves?
 
 # %%
 nb.check("rms that comes back at half size", half, near=np.sqrt(1e-5 / 3), rtol=0.05)
@@ -232,10 +237,10 @@ taken = 1 - smallest / np.sqrt(smallest**2 + eps)
 taken_outside = 1 - smallest / (smallest + eps)
 nb.check("share that eps takes from the smallest row of our model", taken, lt=0.005)
 nb.say(
-    "**Takeaway.** A norm hides the size of a row above about the root of `eps`; below it "
-    f"fades, to a half at {half:.1e}. Our smallest row has {smallest:.2g}: `eps` takes "
+    "**Takeaway.** A norm hides the size of rows well above the root of `eps`; smaller "
+    f"rows fade, to a half at {half:.1e}. Our smallest row has {smallest:.2g}: `eps` takes "
     f"{100 * taken:.2f}% of it, and {100 * taken_outside:.2f}% in the wrong place. A "
-    "test of the norm must use small rows, or it cannot see where `eps` stands."
+    "test of the norm must use small rows, or it hardly sees where `eps` stands."
 )
 
 # %% [markdown]
@@ -247,7 +252,7 @@ nb.say(
 # softmax turns the scores of a query into weights that sum to one; the result is the
 # weighted sum of the values.
 #
-# All that is products of arrays, and **`einsum`** writes them by the names of their axes. A
+# These are products of arrays, and **`einsum`** writes them by the names of their axes. A
 # letter that is missing after the arrow is summed over. Shared letters must match:
 
 # %%
@@ -258,9 +263,10 @@ print("t d, nothing summed:", jnp.einsum("td,td->td", q, q).shape, "is q * q")
 print("one number:", jnp.einsum("td,td->", q, q), "is (q * q).sum()")
 
 # %% [markdown]
-# So one attention is three lines, one of which forbids looking ahead. The factor
-# `d ** -0.5` keeps scores from growing with the width `d`. In the example every query and
-# key is zero: all scores are equal, and each row is the plain average of the values so far.
+# So one attention is three lines, one of which forbids looking ahead (the **causal mask**).
+# The factor `d ** -0.5` keeps scores from growing with the width `d`. In the example every
+# query and key is zero: all scores are equal, and each row is the average of the values so
+# far.
 
 
 # %%
@@ -278,8 +284,8 @@ print(one_head(jnp.zeros((4, 4)), jnp.zeros((4, 4)), 4 * jnp.eye(4)))
 # another, the **heads**. Each has a query of 32 numbers: the product `wq(x)` has 256, and
 # `reshape` cuts it into 8 slices. Nothing more happens: a head *is* a slice.
 #
-# Mistral saves on keys and values: there are only `K` = 2 heads of those, each shared by a
-# group of query heads. This is **grouped-query attention**, GQA.
+# Mistral saves on keys and values: there are only `K` = 2 heads of those, the *kv heads*,
+# each shared by a group of query heads. This is **grouped-query attention**, GQA.
 #
 # **Predict.** With 8 query heads and 2 kv heads, which kv head serves query head 3: kv head
 # 0 or 1?
@@ -296,7 +302,7 @@ causal = jnp.tri(6, dtype=bool)
 out = mx.attention.attend(q, swap(k), swap(v), causal)  # [T, H, d]
 
 # %% [markdown]
-# `attend` is the package's. Now change the values of one kv head after the other, and look
+# `attend` is the package's. Now change the values of one kv head after the other, and see
 # which query heads notice. Arrays of JAX cannot be changed; `v.at[:, kv].add(1)` is a copy
 # of `v` with 1 added there.
 
@@ -312,8 +318,8 @@ nb.guess("Query head 3 is served by kv head", my_kv_head, served, why=why)
 # %% [markdown]
 # The whole map is printed next. *Neighbours* share: the first query heads have kv head 0,
 # the next have 1. Taking turns (0, 1, 0, 1, ...) would be `h % K`; it is `h // (H // K)`.
-# The shapes are the same for both, so no error tells them apart. And the naive loop over
-# heads, against the package:
+# Both give the same shapes, so no error tells them apart. And the naive loop over heads,
+# against the package:
 
 # %%
 print(serves.T)  # a row for each kv head, a column for each query head
@@ -360,12 +366,12 @@ nb02.heads(profile, config.n_heads // config.n_kv_heads)
 nb.caption(
     "eight heads of block 3, and how far back each looks. Head 0 is a *previous-token* "
     "head: it puts most of its weight one token back. Heads 4 to 7 share one set of keys, "
-    "and yet head 4 spreads over the text while head 7 stays near: a key is found by "
-    "whoever asks for it, and the queries differ."
+    "and yet head 4 spreads over the text while head 7 stays near: the keys are the same, "
+    "so the difference lies in the queries."
 )
 
 # %% [markdown]
-# Each verb of the caption, as a number:
+# The caption in numbers:
 
 # %%
 mean_distance = (profile * np.arange(17)).sum(1) / profile.sum(1)  # [H]
@@ -425,18 +431,19 @@ nb.check("7B, 32 kv heads (KiB a token)", kib_per_token(32), eq=512.0)
 # %%
 nb.say(
     "**Takeaway.** A head is a slice with an attention of its own, and its result is added "
-    "to the stream. Sharing keys brings a token of Mistral 7B from "
-    f"{kib_per_token(32):.0f} to {kib_per_token(8):.0f} KiB, and heads that share keys "
-    "still look where they like."
+    "to the stream. Sharing keys and values cuts the cache of Mistral 7B from "
+    f"{kib_per_token(32):.0f} to {kib_per_token(8):.0f} KiB a token, and heads that share "
+    "keys can still look at different places."
 )
 
 # %% [markdown]
 # ## RoPE: a position is an angle
 #
-# Attention is a sum over tokens, and a sum has no order. Something must tell it who stands
-# where. RoPE, *rotary position embedding*, takes the features of a query or key in pairs,
-# and turns each pair like the hand of a clock. The hand of token `m` is turned by `m` times
-# the pair's speed: the first pair turns one radian a token, the next ones ever slower.
+# Attention is a sum over tokens, and a sum has no order. Something must say which token
+# stands where. RoPE, *rotary position embedding*, takes the features of a query or key in
+# pairs, and turns each pair like the hand of a clock. The hand of token `m` is turned by
+# `m` times the pair's speed: the first pair turns one radian a token, the next ones ever
+# slower.
 #
 # A pair is a point in the plane, so it is one complex number, and turning it by an angle is
 # a product with `exp(i · angle)`. Three lines. The four rows printed are the *same* row
@@ -511,7 +518,7 @@ if theta == 1e4:  # the moving picture is of the default
     nb.check("moving picture, max|Δ| to the scores above", abs(shown - live).max(), lt=1e-2)
 
 # %% [markdown]
-# The cell above also makes a moving picture of them:
+# The cell above also makes a moving picture of these scores:
 #
 # ![The hands of three pairs turn, and below them the score](pictures/02_rope.gif)
 #
@@ -520,8 +527,7 @@ if theta == 1e4:  # the moving picture is of the default
 # score.
 
 # %% [markdown]
-# The angles need exact positions. That is a trap in half precision: bfloat16 has 8
-# significant bits.
+# The angles need exact positions, and bfloat16 has 8 significant bits.
 #
 # **Predict.** Positions 0 to 1,023 are cast to bfloat16. How many *different* positions
 # remain: 1024, 513 or 257?
@@ -587,8 +593,8 @@ nb.check("halves, features reordered, max|Δ|", jnp.abs(reordered - right).max()
 # A wrong layout is exactly right at position 0, where nothing is turned. A test with one
 # token passes it.
 #
-# Now take RoPE away: every angle 0, the cosine 1, the sine 0. Shuffle the words of a text
-# of 64 tokens, all but the first and the last. The mask is causal, as always.
+# Now take RoPE away: every angle 0, the cosine 1, the sine 0. Shuffle the words (here, the
+# tokens) of a text of 64, all but the first and the last. The mask is causal, as always.
 #
 # **Predict.** Without RoPE, the last token's row is compared after each of the 6 blocks,
 # for the text in order and for the text shuffled. After how many of the 6 does it differ:
@@ -686,7 +692,7 @@ print(swish_gated(jnp.diag(jnp.array([-4.0, -1, 1, 4])), *[jnp.eye(4)] * 3).roun
 nb.show_source(mx.layers.FeedForward.__call__)
 
 # %% [markdown]
-# That is our three lines. Now the network of one block, and what it really gets to read.
+# These are our three lines. Now the network of one block, and what it really reads.
 
 # %%
 layer = nb.knob(2, of=(1, 2, 3, 4, 5))  # counted from 0: the third block
@@ -696,8 +702,8 @@ x = package.layers[layer].ffn_norm(y)  # [T, D], what the network really gets
 network = package.layers[layer].feed_forward
 
 # %% [markdown]
-# Our three lines against the package's one. And a poke: change token 5, and see
-# whether any other token's row is changed.
+# Our three lines against the package's one. And a poke: change token 5, and see whether
+# any other token's row changes.
 
 # %%
 w1, w2, w3 = (linear.weight for linear in (network.w1, network.w2, network.w3))
@@ -747,10 +753,11 @@ nb.check("slope at the far right", slope[-1], near=2.0, rtol=0.05)
 nb.check("output with the input doubled (times)", doubled, gt=3)
 
 # %% [markdown]
-# A gate times a content: if both double, the product is four times as large. For small `z`,
-# `silu(z)` is about `z / 2`, so there it is a square too. That makes the norm in front of
-# it more than a nicety. What if the network read a stream of any size? A module without its
-# norm is four lines: an `eqx.Module` is a class whose declared fields hold the weights.
+# A gate times a content: if both double, the product is four times as large. For small
+# `z`, `silu(z)` is about `z / 2`, so there it is a square too. That makes the norm in
+# front of it necessary. What if the parts read a stream of any size? A norm that only
+# multiplies by its weights is four lines: an `eqx.Module` is a class whose declared
+# fields hold the weights.
 
 
 # %%
@@ -786,8 +793,7 @@ nb.check("largest state with norms", max(sound_sizes), lt=100)
 
 # %% [markdown]
 # Block 4 more than squares the size that it gets (the logarithm more than doubles), and
-# soon float32, which ends at 3e38, overflows. The norm is what stands between a product
-# and infinity.
+# soon float32, which ends at 3e38, overflows.
 #
 # And the gates themselves: are they open or shut?
 
@@ -796,7 +802,7 @@ inputs = np.asarray(network.w1(x)).ravel()
 shut = float((inputs < 0).mean())
 nb02.gates(inputs, lambda z: np.asarray(jax.nn.silu(z)))
 nb.caption(
-    "the grey bars are what reaches the gates of one block; the line is what leaves them. "
+    "the grey bars are what enters the gates of one block; the line is what leaves them. "
     "Most of the inputs are negative, where the line stays within 0.3 of zero. These gates "
     "are nearly shut, and every token shuts more than half of its gates."
 )
@@ -844,7 +850,7 @@ both = lambda a, b, change: everywhere(b, change, everywhere(a, change))
 
 # %% [markdown]
 # Two ways to lose the gate. *Open*: every gate is 1. *Fixed*: each gate stays at its own
-# average, over these very texts; all that is lost is that it depends on the token.
+# average over these very texts, and no longer depends on the token.
 
 
 # %%
@@ -932,14 +938,14 @@ nearer = (
 )
 
 # %% [markdown]
-# What was it?
+# The answers:
 
 # %%
 seen = "the model still has its mask, and the words themselves."
 gone = "a part that adds nothing does less harm here than one that adds nonsense."
 why = {"no RoPE": seen, "no attention": gone, "no feed-forward": gone}
 nb.guess("The worst of the four", my_worst, max(four, key=losses.get), why=why)
-why = {"sound": "the averages are right, but what a gate *says* is which token it is."}
+why = {"sound": "the averages are right, but they are the same for every token."}
 nb.guess("Gates fixed", my_nearer, "sound" if nearer[0] < nearer[1] else "nothing", why=why)
 
 # %%
@@ -948,7 +954,7 @@ nb02.bars(losses, knows_nothing)
 nb.caption(
     "the dashed line is a model that knows nothing. RoPE off, or in the wrong layout, "
     "leaves a model that still knows something. Removing all attention or all feed-forward "
-    "networks leaves about nothing, and gates fixed at their averages save little of it. "
+    "networks leaves about nothing, and so does fixing the gates at their averages. "
     "Swapping the two kv heads is about as bad as no attention. A network with its gates "
     "open is worse than none. Without norms there is no number."
 )
@@ -978,7 +984,7 @@ nb.check("w1 and w3 swapped: rises by", rise("w1 and w3 swapped"), gt=0.6)
 nb.check("none over swapped", rise("no feed-forward", "w1 and w3 swapped"), gt=0.1)
 
 # %% [markdown]
-# In one sentence:
+# In short:
 
 # %%
 nb.say(
@@ -992,8 +998,8 @@ nb.say(
 # ## Two ports and torch
 #
 # The same rows of the stream go through the parts of block 3, in both ports and in torch.
-# 64 tokens are within the window, so all masks agree. Torch's answers are kept for eight of
-# the rows.
+# 64 tokens are within the window ([03](03_sliding_window_attention.ipynb)), so all masks
+# agree. Torch's answers are kept for eight of the rows.
 
 # %%
 T, EIGHT = 64, np.array([0, 1, 2, 7, 31, 40, 62, 63])
@@ -1086,7 +1092,7 @@ for name, _, one_file_gap, torch_gap in rows:
 #
 # **Exercise 1: grouped scores without copies** (●● 10 minutes). From queries `[T, H, d]`
 # and keys `[S, K, d]`, make the scores `[H, T, S]`: bare products, no scaling, no mask. The
-# checker also looks whether you have copied keys.
+# checker also looks for copies of keys.
 #
 # <details><summary>Hint</summary>
 #
@@ -1163,7 +1169,7 @@ lost = f"{cost['no attention']}; in the wrong order {cost['kv heads swapped']}"
 shut_off = f"{cost['no feed-forward']}; gates open {cost['gates open']}"
 overflow = f"overflow: rms {bare_sizes[1]:.2g} after block 1, {bare_sizes[4]:.0e} after 4"
 rows = [
-    ["residual stream", "the sum of 13 arrays", "parts have nothing to read or write"],
+    ["residual stream", "the sum of 13 arrays", f"a loss of {lens[0]:.1f} nats"],
     ["RMSNorm", "every reader gets numbers of about one", overflow],
     ["RoPE", "a score knows the distance", cost["no RoPE"]],
     ["heads, GQA", "8 attentions, 2 sets of keys", lost],

@@ -8,7 +8,7 @@
 # # Sliding window attention
 #
 # **How far back can a token see: W keys or W + 1, and how does layer 6 know about a token
-# that no query of it may look at?**
+# that none of its queries may look at?**
 #
 # - **You will be able to** write the band mask; find out what any model's mask really is
 #   by poking it; tell a *window* from a *reach*; say what a window saves and what it does
@@ -20,8 +20,9 @@
 # - **Model and data**: the embedded model, trained with a window of `W` = 64, and
 #   Shakespeare that it has never seen.
 # - **Torch**: live if installed, else its recorded answers.
-# - **Predict first**: how many keys does a window of 3 let through? How much does a token
-#   matter that is in reach, but far away? How much work does a mask save?
+# - **Predict first**: how many keys does a window of 3 let through in Mistral's reference?
+#   How much does a token matter that is in reach, but far away? How much work does a mask
+#   save?
 #
 # The letters: `T` tokens, `D` width of the residual stream, `W` window, `L` layers; see
 # [README.md](README.md). Words of JAX that [01](01_one_model_two_languages.ipynb) explains:
@@ -65,9 +66,9 @@ naive = (s <= t) & (t - s < 2)  # [query, key]
 print(naive.astype(int))
 
 # %% [markdown]
-# In the package that is the whole of it, too. The positions come in as arguments, because
-# with a cache the keys do not lie in order; and a negative position marks an empty slot,
-# which nobody sees.
+# The package's mask is as short. It takes the positions as arguments, because the keys in
+# a **cache**, the memory of the keys and values of earlier tokens, need not lie in order. A
+# negative position marks an empty place of the cache, which no query sees.
 
 # %%
 nb.show_source(mx.attention.visible)
@@ -76,8 +77,9 @@ same = np.array_equal(naive, mx.attention.visible(four, four, 2))
 nb.check("three lines = the package's mask", same, eq=True)
 
 # %% [markdown]
-# And in the reference, as the one-file port has kept it, two calls: `tril` cuts off the
-# future, `triu` with a negative diagonal cuts off the past.
+# So in the package a window of `W` is `W` keys, the query's own among them. The reference,
+# and the one-file port with it, makes the mask by two calls: `tril` cuts off the future,
+# `triu` with a negative diagonal cuts off the past.
 #
 # ```python
 # mask = jnp.tril(tensor, k=0)
@@ -85,20 +87,20 @@ nb.check("three lines = the package's mask", same, eq=True)
 # ```
 #
 # **Predict.** The window is 3. How many keys does a query late in the text see in the
-# package, and how many in the reference? Its own key counts.
+# reference? Its own key counts.
 
 # %%
-my_package, my_reference = None, None  # 2, 3 or 4, each
+my_reference = None  # 2, 3 or 4
 
 # %% [markdown]
 # ## Poke it
 #
-# Let us not trust our reading of code, and ask the programs. Change one token, and see at
-# which positions the output moves: exactly those positions *can see* that token. With one
+# We may have misread the code, so we ask the programs. Change one token, and see at which
+# positions the output changes: exactly those positions *can see* that token. With one
 # layer, that is the mask itself. The program may be a black box: the same poke works on
 # torch, on both ports, and on a model that reads one token at a time. We take a model of
-# one small layer with random weights. Row 0 of `poked` is the text, and in row `s + 1`
-# token `s` is another.
+# one small layer with random weights. Row 0 of `poked` is the text, and row `s + 1` is the
+# text with another token at place `s`.
 
 # %%
 T, W = 6, 3
@@ -113,8 +115,9 @@ def seen(logits):  # [T + 1, T, V] -> [query, key]
 
 
 # %% [markdown]
-# Three programs in **prefill**, which reads the whole text at once. The one-file port also
-# in **decoding**, which reads a token at a time and keeps `W` keys in a rolling buffer.
+# All three programs run in **prefill**, which reads the whole text at once. The one-file
+# port also runs in **decoding**, which reads a token at a time and keeps the last `W` keys
+# in a cache that [04](04_the_rolling_buffer.ipynb) explains, the rolling buffer.
 
 # %%
 caches = small_one_file.empty_cache(T + 1, T)
@@ -134,14 +137,14 @@ nb.caption(
 
 # %%
 keys_seen = {name: int(mask.sum(1).max()) for name, mask in masks.items()}
-one_less = "the window counts the query's own key as well."
-why = {2: one_less, 4: "that would be distances 0 to 3, one more than 3."}
-nb.guess("Keys seen in the package", my_package, keys_seen["package"], why=why)
 nb.guess(
     "Keys seen in the reference's prefill",
     my_reference,
     keys_seen["one file, prefill"],
-    why={2: one_less, 3: "`triu(k=-3)` keeps the diagonal `t - s = 3` itself."},
+    why={
+        2: "the query's own key counts as well.",
+        3: "`triu(k=-3)` keeps the diagonal `t - s = 3` itself.",
+    },
 )
 
 # %% [markdown]
@@ -159,8 +162,8 @@ nb.say(
     f"**Takeaway.** A window of {W} is {keys_seen['package']} keys, the query's own "
     "included, except in the prefill of the reference, where it is "
     f"{keys_seen['one file, prefill']}. The same slip sits in other places: "
-    "`window_size=(W, W)` of an attention kernel means W + 1 keys, too (transformers "
-    "#29623)."
+    "`window_size=(W, W)` of the FlashAttention kernel means W + 1 keys, too "
+    "(transformers #29623)."
 )
 
 # %% [markdown]
@@ -168,8 +171,8 @@ nb.say(
 #
 # A model that sees 4 keys in prefill and 3 in decoding gives the same text two meanings,
 # depending on how it was read. So let the embedded model read 128 tokens of Shakespeare at
-# once, and again one at a time, with a cache. It is the same text, so the logits should be
-# the same. (The loops are in `nb03.py`.)
+# once, and again one at a time, with a cache. It is the same text, so the **logits**, the
+# scores of all tokens that may come next, should be the same. (The loops are in `nb03.py`.)
 
 # %%
 one_file = one_file_ref.Transformer.from_folder(nb.MODEL, dtype=jnp.float32)
@@ -192,11 +195,11 @@ nb.check("one file, at once or stepped, max|Δ logits|", gaps["one file"], gt=0.
 
 # %% [markdown]
 # The difference in code is one diagonal of `triu`. The one-file port keeps it, because a
-# port that quietly repairs its original cannot be checked against it. The package does
-# what the authors' production code does.
+# port that quietly repairs its original cannot be checked against it. The package sees `W`
+# keys, at once or stepped.
 #
-# **Takeaway.** In the reference a text means something else if it is read in pieces; in the
-# package and in torch it does not, up to rounding.
+# **Takeaway.** In the reference a text gives other logits if it is read a token at a time;
+# in the package and in torch it gives the same, up to rounding.
 #
 # ## A staircase, in small
 #
@@ -217,7 +220,9 @@ print(band, band @ band, band @ band @ band, sep="\n\n")
 # there are three ways to each of the tokens in the middle, but only one to the farthest.
 #
 # Does a real model do that? A **gradient** tells. The gradient of the last token's state
-# with respect to each token's embedding is *exactly* zero if no path leads there.
+# with respect to each token's embedding, the row of numbers that enters the model for it,
+# is *exactly* zero if no path leads there. We call the gradient's length the **influence**
+# of that token.
 # **`jax.grad`** gives the gradient of a single number, **`jax.jacrev`** those of several, a
 # row for each:
 
@@ -228,9 +233,9 @@ print(jax.jacrev(two_numbers)(row))
 
 # %% [markdown]
 # The model takes token ids, and one cannot differentiate by a whole number. The trick: give
-# the model a table of embeddings with a row for each *position*, and read the ids 0, 1, 2,
-# and so on. Then differentiate by the table. From the state of the last token after each
-# layer, a vector, we make one number: its product with some random direction.
+# the model a table of embeddings with a row for each *position*, let it read the ids 0, 1,
+# 2, and so on, and differentiate by the table. The state of the last token after a layer
+# is a vector; its product with a random direction makes it one number.
 
 
 # %%
@@ -256,7 +261,7 @@ nb03.small_staircase(small_strength)
 nb.caption(
     "a staircase. Each row is the last token after one layer more, and each cell is a "
     "token on which it depends: on the right the farthest. Every step is as wide as the "
-    "one before. A dark cell matters little."
+    "one before. The darker a cell, the less influence its token has."
 )
 
 # %%
@@ -279,22 +284,22 @@ if window == 4:  # the moving picture is of the default
     nb.check("the moving picture shows these cells", same, eq=True)
 
 # %% [markdown]
-# The same as a moving picture, which the cell above makes from these numbers. With each
-# layer the last token knows of three more:
+# The same as a moving picture, which the cell above makes from these numbers. With a
+# window of 4, each layer lets the last token know of three more:
 #
 # ![The staircase grows by one row with each layer](pictures/03_staircase.gif)
 #
-# **Takeaway.** A layer adds `W - 1` tokens to what a token can know of, and a model of `L`
-# layers reaches `L · (W - 1)` positions back. Mistral's paper rounds that to `L · W`: 32
-# layers with a window of 4,096, "131K tokens".
+# **Takeaway.** A layer adds `W - 1` tokens to those that a token can know of, and a model
+# of `L` layers reaches `L · (W - 1)` positions back. Mistral's paper rounds that to
+# `L · W`: 32 layers with a window of 4,096 make "131K tokens".
 #
 # ## The reach of the embedded model
 #
 # Now the trained model, with `W` = 64 and six layers, on 512 tokens of Shakespeare.
 #
-# **Predict.** A token 300 positions back is in reach of layer 6. Compared with the last
-# token itself, how much does the outcome depend on it? About a tenth, a thousandth, or
-# less than a millionth?
+# **Predict.** A token 300 positions back is in reach of layer 6. How large is its influence
+# on the last token's state, compared with that of the last token itself: about a tenth, a
+# thousandth, or less than a millionth?
 
 # %%
 my_influence = None  # "a tenth", "a thousandth" or "less than a millionth"
@@ -304,10 +309,10 @@ embedded = package.tok_embeddings(text)  # [T, D]
 strength = lengths_of(embedded, package)  # [L + 1, T]
 nb03.staircase(strength, window=64)
 nb.caption(
-    "the same staircase. After layer l the last token depends on tokens up to 63 l back, "
-    "which is the black line; the white beyond it is not small but exactly zero. Towards "
-    "the edge the influence fades by orders of magnitude: reach is what *can* be known, "
-    "not what is."
+    "the same staircase. After layer l the last token depends on no token more than 63 l "
+    "back, which is the black line; the white beyond it is not small but exactly zero. "
+    "Towards the edge the influence fades by orders of magnitude: the reach says what a "
+    "token can know, and not how much."
 )
 
 # %%
@@ -318,8 +323,8 @@ nb.guess(
     "less than a millionth" if back[300] < 1e-6 else "more",
     why={
         "a tenth": "each look hands on only a part, and here five are needed.",
-        "a thousandth": "five looks in a row must each go nearly as far as they can, and "
-        "the weights of all five are multiplied.",
+        "a thousandth": "that would be about right for heads that attend equally to all "
+        "keys. The trained heads do not, as the next figure shows.",
     },
 )
 beyond = [float(row[: 511 - 63 * layer].max()) for layer, row in enumerate(strength)]
@@ -327,10 +332,9 @@ nb.check("gradient beyond the reach, any layer", max(beyond), eq=0.0)
 nb.check("influence of a token 300 back, relative to the last", back[300], lt=1e-6)
 
 # %% [markdown]
-# That nothing leads further is exact. That the last step is really reached is harder to
-# see in a trained model, because few heads look as far back as they can. So take away the
-# model's preferences: with queries of zero, every token attends equally to all that it may
-# see.
+# So no token beyond the line has any influence. Does the farthest one on the line have
+# some? In the trained model it is too little to tell. So take away the model's preferences:
+# with queries of zero, every token attends equally to all keys that it may see.
 
 # %%
 flat = lengths_of(embedded, nb03.without_preferences(package))
@@ -338,18 +342,18 @@ reach = [int(511 - np.flatnonzero(row)[0]) for row in flat]
 nb.check("reach after 0 to 6 layers (positions)", reach, eq=[63 * n for n in range(7)])
 
 # %% [markdown]
-# This model also tells what makes far tokens matter so little. Is it the geometry, because
-# few ways lead to the edge, as in the products of the small masks? Or is it the trained
-# heads?
+# The model without preferences also tells why far tokens matter so little. Is it the
+# geometry, because few ways lead to the edge, as in the products of the small masks? Or is
+# it the trained heads?
 
 # %%
 indifferent = flat[6, ::-1] / flat[6, -1]
 curves = {"trained model": back, "without preferences": indifferent}
 nb03.fading({name: np.where(c > 0, c, np.nan)[:390] for name, c in curves.items()})
 nb.caption(
-    "neither line goes beyond the reach. Without preferences little is lost for half of "
-    "the way, and then many powers of ten close to the edge. The trained model loses far "
-    "more, and all along."
+    "neither line goes beyond the reach. Without preferences little influence is lost for "
+    "half of the way, and many powers of ten between there and the edge. The trained model "
+    "loses far more, near and far."
 )
 
 # %%
@@ -363,8 +367,8 @@ for n in (60, 300):
 # So both are at work. Geometry makes the edge faint, and the trained heads, which prefer
 # some tokens to others, make everything faint that is far.
 #
-# The one-file port sees one key more in prefill, so its stairs are one position wider.
-# Torch's are the package's. (`nb03.py` has the same gradient for both.)
+# The one-file port sees one key more in prefill, so each of its steps is one position
+# wider. Torch's are the package's. (`nb03.py` has the same gradient for both.)
 
 # %%
 one_file_reach = nb03.reach_one_file(one_file, embedded)
@@ -380,20 +384,20 @@ nb.say(
 # %% [markdown]
 # ## What is a longer look worth?
 #
-# The window is no weight: the same weights run with any. How good are predictions when the
-# trained model is shown less than it was trained with, or more?
+# The window is not a weight, so the same weights run with any window. How well does the
+# trained model predict when it sees fewer keys than in training, or more?
 #
-# **Predict.** Trained with 64. Will it predict better with 256?
+# **Predict.** The model was trained with a window of 64. Will it predict better with 256?
 
 # %%
 my_loss = None  # "better", "same" or "worse"
 
 # %% [markdown]
 # The **loss** is the mean of minus the log-probability of the token that comes, in nats. We
-# take it over the second half of four texts of 256 tokens, so that most tokens have more
-# than 64 before them. And we try a second set of models, whose positions are halved before
-# RoPE turns queries and keys by them. To such a model a key 100 tokens away looks as if it
-# were 50 away.
+# take it over the second half of four texts of 256 tokens, where every token has more than
+# 64 before it. And we try a second set of models, whose positions are halved before
+# [RoPE](02_inside_one_block.ipynb) turns queries and keys by them. To such a model a key
+# 100 tokens away looks as if it were 50 away.
 
 # %%
 rows = jnp.asarray([nb.held_out(256, start=s) for s in (0.91, 0.93, 0.95, 0.97)])  # [B, T]
@@ -409,9 +413,9 @@ losses = {w: float(loss[127:].mean()) for w, loss in by_position.items()}
 # %%
 nb03.windows(64, tried, [*losses.values()], halved)
 nb.caption(
-    "less than it was trained with hurts, and more does not help: it hurts more. With "
-    "halved positions all is worse than as trained; but then a window of 128 is no worse "
-    "than one of 64."
+    "a window below that of the training hurts, and one above it does not help: it hurts "
+    "more. With halved positions the model is worse than as trained; but then a window of "
+    "128 is about as good as one of 64."
 )
 
 # %%
@@ -454,7 +458,7 @@ nb.say(
 )
 
 # %% [markdown]
-# ## A mask saves nothing by itself
+# ## What does a mask save?
 #
 # A query with a window of 64 needs 64 scores, whatever the length of the text.
 #
@@ -465,9 +469,10 @@ nb.say(
 my_saving = None  # 0, 50 or 94, in percent
 
 # %% [markdown]
-# XLA can count for us, without running anything. **`jax.jit(f).lower(x)`** traces and
-# translates `f` for arguments of these shapes, and **`cost_analysis()`** says how many
-# operations on numbers the program has. A **`jax.ShapeDtypeStruct`** stands for an array:
+# XLA, the compiler behind `jax.jit`, can count for us without running anything.
+# **`jax.jit(f).lower(x)`** runs `f` once with stand-ins for its arguments, and translates
+# what it did into XLA's language. **`cost_analysis()`** says how many operations on numbers
+# the program has. A **`jax.ShapeDtypeStruct`** stands for an array:
 # a shape and a dtype, and no numbers. A product of two 4 × 4 matrices is 16 sums of 4
 # products, so 16 · 4 · 2:
 
@@ -481,10 +486,12 @@ four_by_four = jax.ShapeDtypeStruct((4, 4), jnp.float32)
 nb.check("a product of 4 x 4", operations(jnp.matmul, four_by_four, four_by_four), eq=128.0)
 
 # %% [markdown]
-# Full attention, with and without the band; `attend` is the package's function for both.
-# And `attend_sequence`, which the package really uses. It cuts the queries into blocks and
-# gives each block only the keys that some query of it may see. The mask then only trims the
-# edges of the band.
+# We count full attention, with and without the band (`attend` is the package's function
+# for both), and `attend_sequence`, which the package uses in prefill. `attend_sequence`
+# cuts the queries into blocks, and gives each block only the keys that one of its queries
+# may see. The mask then trims the edges of the band. (`@replaceable` marks a function for
+# which some devices have a faster program that computes the same; a CPU runs this one.
+# `segments` is for several texts in one row.)
 
 # %%
 nb.show_source(mx.attention.attend_sequence)
@@ -507,9 +514,9 @@ def blocked(n, window):
 
 
 # %% [markdown]
-# The other saving is memory: without a window, the cache grows with the text. With one,
-# it is a ring ([04](04_the_rolling_buffer.ipynb)). The bytes below are for decoding one
-# token at a time (`chunk=1`; the default of `mx.Cache` leaves room for longer chunks).
+# A window may also save memory: without one, the cache grows with the text. With one, it is
+# a ring ([04](04_the_rolling_buffer.ipynb)). The bytes below are for decoding one token at
+# a time (`chunk=1`; the default of `mx.Cache` leaves room for longer chunks).
 
 # %%
 lengths = [64, 128, 256, 512, 1024, 2048, 4096]
@@ -526,8 +533,9 @@ memory["window of 64"] = [size(n, 64) for n in lengths]
 nb03.work_and_memory(lengths, work, memory)
 nb.caption(
     "above, the mask's line lies on top of full attention's: quadratic. Only the blocks "
-    "turn the window into less work. Up to 1,024 tokens their work grows with the text; "
-    "beyond, the line bends upwards. Below, the cache stops growing at 64 tokens."
+    "turn the window into less work. Up to 1,024 tokens their work grows about as fast as "
+    "the text; beyond, the line bends upwards. Below, the cache with a window stops "
+    "growing at 64 tokens."
 )
 
 # %%
@@ -546,8 +554,8 @@ nb.guess(
 nb.check("operations saved by a mask alone, at 1,024 tokens", abs(saving), lt=0.01)
 
 # %% [markdown]
-# And the growth with the text. Work that is quadratic grows four times when the text
-# doubles, work along a band twice:
+# And the growth with the text. When the text doubles, quadratic work grows four times, and
+# work along a band twice:
 
 # %%
 blocks = "blocks along the band"
@@ -565,10 +573,11 @@ of_64, of_128, *_, of_4096 = memory["window of 64"]
 nb.check("cache of 4,096 tokens over that of 64, in a window", of_4096 / of_64, eq=1.0)
 
 # %% [markdown]
-# The bend has its reason in the code above: `block` is 64 queries, or more if there would
-# be over 16 blocks. (The comment says why: every block is compiled.) So a long text has 16
-# blocks of many queries, and a block has all keys that *some* query of it needs.
-# `nb03.blocks_of` notes the calls of `attend` while JAX traces the function:
+# The reason for the bend is in the code above: `block` is 64 queries, or more if there
+# would be over 16 blocks. (The comment says why: every block is compiled.) So a long text
+# has 16 blocks of many queries, and a block has all keys that *any* of its queries needs.
+# `nb03.blocks_of` notes the calls of `attend` while JAX traces the function, which is the
+# run with stand-ins:
 
 # %%
 cut = {n: nb03.blocks_of(n, 64) for n in (512, 1024, 4096)}  # (queries, keys) of each block
@@ -583,16 +592,16 @@ nb.check(
 times = memory["no window"][-1] / memory["window of 64"][-1]
 nb.say(
     f"**Takeaway.** At 1,024 tokens the mask saves {100 * saving:.0f}% of the operations, "
-    f"blocks do {ratio:.1f} times fewer. At 4,096 tokens the cache is {times:.0f} times "
-    "smaller."
+    f"and blocks need {ratio:.1f} times fewer. At 4,096 tokens the cache with a window is "
+    f"{times:.0f} times smaller."
 )
 
 # %% [markdown]
 # ## Exercises
 #
 # **Exercise 1: repair the band** (●● 5 minutes). A port has this mask, which is wrong in
-# two ways. Make of it a boolean array `[n, n]`, true where query `t` may see key `s`. Keep
-# to `tril` and `triu`.
+# two ways. Repair it: a boolean array `[n, n]`, true where query `t` may see key `s`, made
+# by `tril` and `triu`.
 #
 # ```python
 # def band(n, window):
@@ -616,28 +625,26 @@ def band(n, window):
 ex03.check_band(band)
 
 # %% [markdown]
-# **Exercise 2: layers for a reach** (● 5 minutes). The fewest layers with which
-# information can travel `reach` positions.
+# **Exercise 2: the 131K of the paper** (● 5 minutes). Mistral 7B has 32 layers and a window
+# of 4,096, and 32 · 4,096 is 131,072. What is the least number of layers with which a token
+# can know of one that lies 131,072 positions back? The answer is a number.
 #
 # <details><summary>Hint</summary>
 #
-# A layer moves it `window - 1` positions, not `window`.
+# How wide is a step of the staircase?
 #
 # </details>
 #
-# {{solution:layers_for}}
-
+# {{solution:layers_needed}}
 
 # %%
-def layers_for(reach, window):
-    return NotImplemented
-
-
-ex03.check_layers_for(layers_for)
+layers_needed = NotImplemented
+ex03.check_layers_needed(layers_needed)
 
 # %% [markdown]
 # **Exercise 3: scores that count** (●● 10 minutes). How many pairs of query and key does
-# the band let through, for `n` tokens? A closed formula, or a sum, in plain Python.
+# the band let through, for `n` tokens? Write a function that says so for any `n` and
+# `window`, by a formula or a sum, in plain Python.
 #
 # <details><summary>Hint</summary>
 #
@@ -664,7 +671,7 @@ rows = [
     ["keys of a window of 3", both_seen, "poking one token at a time"],
     ["reach of 6 layers, W = 64", f"{reach[6]} positions", "gradients that are not zero"],
     ["influence 300 back", f"{back[300]:.0e} of the last token's", "the same gradients"],
-    ["a window of 256, untrained", f"{change:+.2f} nats", "the loss; distance is to blame"],
+    ["a window of 256, not trained", f"{change:+.2f} nats", "the loss of the same weights"],
     ["work at 1,024 tokens", f"mask: as full; blocks: 1/{ratio:.1f}", "XLA's own count"],
 ]
 nb.table(["what", "how much", "how we know"], rows)
@@ -684,8 +691,8 @@ nb.say(
 
 # %% [markdown]
 # **What we did not show**: kernels that skip masked blocks on a GPU, and layers whose
-# windows differ (Ministral alternates them). Mistral's own later models have no window at
-# all (`sliding_window: null`), and every token of the text can be looked at directly.
+# windows differ (Ministral alternates them). Many of Mistral's later models have no window
+# (`sliding_window: null`), so each token can look at every earlier one directly.
 #
 # **Further reading**: Mistral 7B, arXiv 2310.06825, §2 (window and reach); Longformer,
 # arXiv 2004.05150, §3.1; Child et al., arXiv 1904.10509 (sparse attention).
