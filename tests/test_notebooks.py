@@ -648,7 +648,7 @@ def test_score(tmp_path, monkeypatch):
     names = exercises.of_the_series()
     assert len(names) == len(ANSWERS), "two exercises have the same name"
     monkeypatch.setattr(exercises, "_tried", {})
-    for name in ("band", "layers_for", "scores"):
+    for name in ("band", "layers_needed", "scores"):
         exercises.todo(name)
     exercises.verdict("band", None)
     exercises.verdict("scores", "It is wrong.")
