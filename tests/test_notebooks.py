@@ -393,7 +393,8 @@ def test_readme_links_to_everything():
     for number, source in SOURCES.items():
         assert f"({source.stem}.ipynb)" in readme
         assert f"pictures/{number}.png" in readme
-    documents = [readme, *(source.read_text() for source in SOURCES.values())]
+    rendered = (build.render(source, None) for source in SOURCES.values())
+    documents = [readme, *map(prose_of, rendered)]
     for link in re.findall(r'(?:\]\(|src=")([^)":#]+)[)"#]', "\n".join(documents)):
         assert (NOTEBOOKS / link).exists(), link
 
