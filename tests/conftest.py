@@ -58,8 +58,11 @@ def compiled_in_less_time(request):
     it does for a user."""
     quick = request.path.parent.name in QUICK
     jax.config.update("jax_disable_most_optimizations", quick)
+    # For the commands that these tests start.
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quick))
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+    del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
 
 
 @pytest.fixture

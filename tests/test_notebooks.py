@@ -65,10 +65,10 @@ def code_cells(notebook):
 # Running them
 
 
-# Put before everything else on the kernel's path: without a network, and without torch
-# where that is asked for.
+# Put before everything else on the kernel's path: without a network, and with torch for the
+# oracle alone. Whoever has no torch gets what it answered at the build.
 SITECUSTOMIZE = """
-import socket, sys
+import builtins, re, socket, sys
 
 reach = socket.socket.connect
 
@@ -80,22 +80,27 @@ def connect(self, address):
 
 socket.socket.connect = connect
 
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ABSENT:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+bring = builtins.__import__
 
-sys.meta_path.insert(0, Absent())
+def asked_by_oracle():
+    frame = sys._getframe()
+    while frame is not None and not frame.f_code.co_filename.endswith("nbtools.py"):
+        frame = frame.f_back
+    return frame is not None
+
+def import_(name, namespace=None, *rest):
+    here = (namespace or {}).get("__name__", "")
+    torch = name.split(".")[0] in ("torch", "transformers")
+    if torch and re.match("__main__$|nb|ex", here) and not asked_by_oracle():
+        raise ModuleNotFoundError(f"No module named {name!r} for {here}", name=name)
+    return bring(name, namespace, *rest)
+
+builtins.__import__ = import_
 """
 
 
-@pytest.mark.parametrize(
-    ("number", "absent"),
-    [(n, ()) for n in NUMBERS] + [("01", ("torch", "transformers"))],
-)
-def test_runs_and_finds_what_it_found(number, absent, tmp_path, capsys):
-    custom = f"ABSENT = {absent!r}\n{SITECUSTOMIZE}"
-    (tmp_path / "sitecustomize.py").write_text(custom)
+def test_runs_and_finds_what_it_found(number, tmp_path, capsys):
+    (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE)
     results, goldens = tmp_path / "results.json", tmp_path / "goldens.npz"
     env = {
         "PYTHONPATH": f"{tmp_path}:{NOTEBOOKS.parent}",
@@ -119,7 +124,7 @@ def test_runs_and_finds_what_it_found(number, absent, tmp_path, capsys):
     if (path := NOTEBOOKS / f"goldens/{number}.npz").exists():
         with np.load(path) as file:
             golden = dict(file)
-    without = absent or importlib.util.find_spec("torch") is None
+    without = importlib.util.find_spec("torch") is None
     if without or not golden:
         assert not goldens.exists()
     else:
@@ -136,6 +141,32 @@ def test_runs_and_finds_what_it_found(number, absent, tmp_path, capsys):
         print(
             f"\n{number} {torch} torch: {len(found)} checks, {seconds:.0f} s of CPU", end=""
         )
+
+
+def test_torch_is_for_the_oracle_alone(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    ask = "import nbtools as nb; answer = nb.Oracle('01')('logits', lambda twin: look())"
+    for code, works in (
+        ("import torch", False),
+        (f"{ask}; import torch", False),
+        (ask, True),
+    ):
+        look = "def look():\n    import torch\n    return torch.ones(2)\n"
+        env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{NOTEBOOKS}:{NOTEBOOKS.parent}"}
+        run = [sys.executable, "-c", look + code]
+        ended = subprocess.run(run, env=env, capture_output=True, text=True)
+        assert (ended.returncode == 0) == works, ended.stderr
+        assert works or "No module named 'torch' for __main__" in ended.stderr
+
+
+def test_without_torch_it_has_answered(number, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    path = NOTEBOOKS / f"goldens/{number}.npz"
+    if path.exists():
+        oracle = nbtools.Oracle(number)
+        with np.load(path) as file:
+            for name in file:
+                np.testing.assert_array_equal(oracle(name, fails), file[name])
 
 
 COUNTS = re.compile("bytes|equations|parameters|programs|messages|all-[a-z]+s")

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
@@ -111,11 +112,10 @@ def test_what_quantizing_costs(folder, text, capsys):
     assert told["KL divergence"] == pytest.approx(kl, rel=0.5)
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
-def test_generate_quantizes(scheme, capsys):
-    model, tokenizer = mx.load(quantize=scheme)
+def test_generate_quantizes(capsys):
+    model, tokenizer = mx.load(quantize="int8")
     (expected,) = mx.generate(model, tokenizer, ["To be"], max_tokens=5)
-    shell = ["--max-tokens", 5, "--temperature", 0, "--quantize", scheme]
+    shell = ["--max-tokens", 5, "--temperature", 0, "--quantize", "int8"]
     assert run("generate", "To be", "--json", *shell) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["tokens"] == expected.tokens
@@ -364,7 +364,16 @@ def test_embedded_model_compresses_what_it_has_not_read(capsys, tmp_path):
 
 
 COMMAND = [sys.executable, "-m", "mistral_eqx"]
-ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "TERM": "dumb", "COLUMNS": "90"}
+# What a command compiles is kept for the next ones, in a folder of these tests.
+KEPT = tempfile.TemporaryDirectory()
+ENVIRONMENT = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "TERM": "dumb",
+    "COLUMNS": "90",
+    "XDG_CACHE_HOME": KEPT.name,
+}
+del ENVIRONMENT["JAX_ENABLE_COMPILATION_CACHE"]
 
 
 @pytest.fixture(scope="module")
@@ -564,7 +573,6 @@ def test_invalid_utf8_on_standard_input(small):
 def test_compiled_programs_are_kept(small, tmp_path):
     def start(home, *arguments):
         environment = ENVIRONMENT | {"XDG_CACHE_HOME": str(home)}
-        del environment["JAX_ENABLE_COMPILATION_CACHE"]
         command = [*COMMAND, *arguments, "generate", "To be", "--model", small]
         command += ["--max_tokens", "3"]
         done = subprocess.run(command, capture_output=True, env=environment)

@@ -155,7 +155,6 @@ def test_loaded_is_quantized(variant, dtype, scheme, tmp_path):
         ("dense", "pipe=2", "int8"),
         ("tied", "model=4", "int4"),
         ("experts", "expert=4", "int8"),
-        ("experts", "pipe=2,expert=2,model=2", "int8"),
         ("experts", "pipe=2,expert=2,model=2", "int4"),
     ],
 )
