@@ -144,6 +144,7 @@ def test_runs_and_finds_what_it_found(number, tmp_path, capsys):
 
 
 def test_torch_is_for_the_oracle_alone(tmp_path):
+    pytest.importorskip("torch")
     (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE)
     ask = "import nbtools as nb; answer = nb.Oracle('01')('logits', lambda twin: look())"
     for code, works in (
