@@ -88,12 +88,12 @@ def asked_by_oracle():
         frame = frame.f_back
     return frame is not None
 
-def import_(name, namespace=None, *rest):
-    here = (namespace or {}).get("__name__", "")
+def import_(name, globals=None, *rest, **more):
+    here = (globals or {}).get("__name__", "")
     torch = name.split(".")[0] in ("torch", "transformers")
     if torch and re.match("__main__$|nb|ex", here) and not asked_by_oracle():
         raise ModuleNotFoundError(f"No module named {name!r} for {here}", name=name)
-    return bring(name, namespace, *rest)
+    return bring(name, globals, *rest, **more)
 
 builtins.__import__ = import_
 """
