@@ -82,7 +82,7 @@ def program(bug: str | None) -> str:
 def show_line(bug: str) -> None:
     """Shows the line, and what it becomes."""
     line, broken = BUGS[bug]
-    nb._show_code(f"`{PORT.name}`, one line of it", f"- {line}\n+ {broken}", "diff")
+    nb.show_code(f"`{PORT.name}`, one line of it", f"- {line}\n+ {broken}", "diff")
 
 
 class Run(NamedTuple):

@@ -1,7 +1,5 @@
 """The plumbing and the plots of notebook 01."""
 
-import dataclasses
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -9,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import mistral_eqx as mx
+import nbtools as nb
 import one_file_ref
 
 
@@ -26,24 +25,9 @@ def to_dtype(model, dtype):
 # --- other programs for the same weights ----------------------------------------------
 
 
-def with_config(model, **changes):
-    """The package's model with the same leaves under another configuration."""
-    config = dataclasses.replace(model.config, **changes)
-    skeleton = eqx.filter_eval_shape(mx.Transformer, config, key=jax.random.key(0))
-    return jax.tree.unflatten(jax.tree.structure(skeleton), jax.tree.leaves(model))
-
-
-def one_file_with(model, **changes):
-    """The same for the one-file port."""
-    args = dataclasses.replace(model.args, **changes)
-    make = one_file_ref.Transformer
-    skeleton = eqx.filter_eval_shape(make, args, key=jax.random.key(0))
-    return jax.tree.unflatten(jax.tree.structure(skeleton), jax.tree.leaves(model))
-
-
 def one_mistake(model):
     """A port with a mistake in one line. The last section of the notebook names it."""
-    return with_config(model, sliding_window=model.config.sliding_window + 1)
+    return nb.with_config(model, sliding_window=model.config.sliding_window + 1)
 
 
 def in_every_layer(model, where, change):

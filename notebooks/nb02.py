@@ -1,6 +1,5 @@
 """The plots of notebook 02."""
 
-import io
 import json
 
 import matplotlib.pyplot as plt
@@ -76,38 +75,26 @@ BEHIND, LAST, PAIRS = 4, 20, (0, 2, 4)  # what the moving picture shows
 def film(queries, keys, path: str) -> np.ndarray:
     """A query and a key at positions 0, 1, 2, ..., [T, d], as a moving picture of two
     scenes: first both walk on, the key always four tokens behind; then the query walks on
-    alone. The file carries its scores as a comment. If it has these already, it is left as
-    it is. Gives back the scores in the file, [2, T]."""
+    alone. It tells its scores, [2, T], up to rounding. Gives these back."""
     queries, keys = np.asarray(queries), np.asarray(keys)
     walk = [*range(BEHIND, LAST + 1)]
     scenes = [[(m, m - BEHIND) for m in walk], [(m, 0) for m in walk]]
     scores = np.array([[queries[m] @ keys[n] for m, n in scene] for scene in scenes])
-    path = nb.NOTEBOOKS / path
-    if not path.exists() or np.abs(_told(path) - scores).max() > 1e-3:
-        frames = [
+
+    def frames():
+        drawn = [
             _frame(queries[m], keys[n], scenes, scores, scene, i)
             for scene, moments in enumerate(scenes)
             for i, (m, n) in enumerate(moments)
         ]
         # One palette for all: that of the last frame, which has every colour.
-        palette = frames[-1].quantize(16)
-        frames = [f.quantize(palette=palette, dither=Image.Dither.NONE) for f in frames]
-        pause = [250] * (len(walk) - 1) + [2000]
-        frames[0].save(
-            path,
-            save_all=True,
-            append_images=frames[1:],
-            comment=json.dumps(scores.round(4).tolist()),
-            duration=2 * pause,
-            loop=0,
-            optimize=True,
-        )
-    return _told(path)
+        palette = drawn[-1].quantize(16)
+        return [f.quantize(palette=palette, dither=Image.Dither.NONE) for f in drawn]
 
-
-def _told(path) -> np.ndarray:
-    with Image.open(path) as picture:
-        return np.array(json.loads(picture.info["comment"]))
+    told, pauses = json.dumps(scores.round(4).tolist()), [*[250] * (len(walk) - 1), 2000]
+    read = lambda told: np.array(json.loads(told))
+    same = lambda one, other: np.abs(read(one) - read(other)).max() <= 1e-3
+    return read(nb.film(path, told, frames, 2 * pauses, same))
 
 
 def _frame(query, key, scenes, scores, scene: int, now: int) -> Image.Image:
@@ -148,10 +135,7 @@ def _frame(query, key, scenes, scores, scene: int, now: int) -> Image.Image:
     axis.set_ylabel("score", fontsize=13)
     axis.tick_params(labelsize=12)
     axis.legend(loc="upper center", ncols=2, fontsize=12, handlelength=2.5)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    plt.close(figure)
-    return Image.open(buffer).convert("RGB")
+    return nb.as_image(figure)
 
 
 def shuffled(with_rope, without) -> None:

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import io
 from unittest import mock
 
 import equinox as eqx
@@ -41,13 +40,6 @@ def as_one_file(model, window: int):
     return jax.tree.unflatten(jax.tree.structure(skeleton), jax.tree.leaves(model))
 
 
-def with_config(model, **changes):
-    """The package's model with the same leaves under another configuration."""
-    config = dataclasses.replace(model.config, **changes)
-    skeleton = eqx.filter_eval_shape(mx.Transformer, config, key=jax.random.key(0))
-    return jax.tree.unflatten(jax.tree.structure(skeleton), jax.tree.leaves(model))
-
-
 def without_preferences(model):
     """A copy whose queries are zero: every token attends equally to all that it sees."""
     where = lambda m: [layer.attention.wq.weight for layer in m.layers]
@@ -73,9 +65,8 @@ def poke_torch(model, window: int, texts):
     import torch_mistral
 
     twin = torch_mistral.Transformer(small_config(window))
-    spell = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
-    weights = jax.tree_util.tree_leaves_with_path(model)
-    twin.load_state_dict({spell(p): torch.tensor(np.asarray(w)) for p, w in weights})
+    weights = nb.named(model).items()
+    twin.load_state_dict({name: torch.tensor(np.asarray(w)) for name, w in weights})
     return twin(torch.tensor(texts))
 
 
@@ -299,17 +290,11 @@ def work_and_memory(lengths, work: dict, memory: dict) -> None:
 
 
 def film(strength, path: str) -> str:
-    """The small staircase as a moving picture, a frame for each layer. The file carries
-    what it shows, a row of 0 and 1 for each layer, as a comment: if it shows this already,
-    it is left as it is. Gives back the comment of the file."""
-    comment, path = rows_of(strength), nb.NOTEBOOKS / path
-    if not path.exists() or Image.open(path).info.get("comment") != comment.encode():
-        frames = [_frame(strength, layer) for layer in range(len(strength))]
-        options = dict(duration=[1100] * (len(frames) - 1) + [3000], loop=0, optimize=True)
-        frames[0].save(
-            path, save_all=True, append_images=frames[1:], comment=comment, **options
-        )
-    return Image.open(path).info["comment"].decode()
+    """The small staircase as a moving picture, a frame for each layer. It tells a row of 0
+    and 1 for each layer."""
+    layers = range(len(strength))
+    frames = lambda: (_frame(strength, layer) for layer in layers)
+    return nb.film(path, rows_of(strength), frames, [*[1100] * (len(layers) - 1), 3000])
 
 
 def rows_of(strength) -> str:
@@ -325,7 +310,4 @@ def _frame(strength, layer: int) -> Image.Image:
         told = f"after layer {layer}, the last token knows of {back} before it"
     axis.set_title(told, fontsize=13, loc="left")
     axis.axhline(layer, color="0.6", linewidth=1, linestyle="-", marker="", zorder=0)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    plt.close(figure)
-    return Image.open(buffer).convert("RGB").quantize(48)
+    return nb.as_image(figure).quantize(48)

@@ -1,8 +1,5 @@
 """The helpers of notebook 04: rings to look into, keys of both ports, and the figures."""
 
-import dataclasses
-import io
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -29,13 +26,6 @@ def new_cache(model: mx.Transformer, **options) -> mx.Cache:
     """An empty cache for one text of 256 tokens, by default read one at a time."""
     options = dict(chunk=1, max_length=256, dtype=jnp.float32) | options
     return mx.Cache(model.config, jnp.int32(0), **options)
-
-
-def with_window(model: mx.Transformer, window: int) -> mx.Transformer:
-    """The same weights under another window."""
-    config = dataclasses.replace(model.config, sliding_window=window)
-    skeleton = eqx.filter_eval_shape(mx.Transformer, config, key=jax.random.key(0))
-    return jax.tree.unflatten(jax.tree.structure(skeleton), jax.tree.leaves(model))
 
 
 def keys_of_both(package, one_file, tokens, dtype: str, n: int = 100):
@@ -170,17 +160,9 @@ def plot_chunks(chunks, seconds: list[nb.Timing], temporary: list[float]) -> Non
 
 
 def film(held: np.ndarray, path: str) -> str:
-    """The ring as a moving picture, a frame for each token. It carries `held` as a comment:
-    if the file shows this already, it is left as it is. Gives back the comment of the
-    file."""
-    comment, path = str(held.tolist()), nb.NOTEBOOKS / path
-    if not path.exists() or Image.open(path).info.get("comment") != comment.encode():
-        frames = [_frame(held, step) for step in range(len(held))]
-        options = dict(duration=[700] * (len(frames) - 1) + [2500], loop=0, optimize=True)
-        frames[0].save(
-            path, save_all=True, append_images=frames[1:], comment=comment, **options
-        )
-    return Image.open(path).info["comment"].decode()
+    """The ring as a moving picture, a frame for each token. It tells `held`."""
+    frames = lambda: (_frame(held, step) for step in range(len(held)))
+    return nb.film(path, str(held.tolist()), frames, [*[700] * (len(held) - 1), 2500])
 
 
 def _frame(held: np.ndarray, step: int) -> Image.Image:
@@ -221,7 +203,4 @@ def _frame(held: np.ndarray, step: int) -> Image.Image:
     below.set(xlim=(0, steps // 2), ylim=(2, 0))
     below.set_title("the text: the ring holds the filled ones", fontsize=12)
     below.axis("off")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    plt.close(figure)
-    return Image.open(buffer).convert("RGB").quantize(24)
+    return nb.as_image(figure).quantize(24)

@@ -1,8 +1,5 @@
 """The figures of notebook 06, and the plumbing that its cells need twice."""
 
-import dataclasses
-
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -218,13 +215,6 @@ def band(value: float, limits: dict, above: str) -> str:
 def spelled(options: dict) -> str:
     """Options as a row of a table has them."""
     return ", ".join(f"{name} {value}" for name, value in options.items())
-
-
-def with_window(model: mx.Transformer, window: int) -> mx.Transformer:
-    """The same weights in a model that sees less, or more."""
-    config = dataclasses.replace(model.config, sliding_window=window)
-    skeleton = eqx.filter_eval_shape(mx.Transformer, config, key=jax.random.key(0))
-    return jax.tree.unflatten(jax.tree.structure(skeleton), jax.tree.leaves(model))
 
 
 def costs(model: mx.Transformer, rows: list) -> np.ndarray:

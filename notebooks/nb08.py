@@ -1,9 +1,6 @@
 """The helpers of notebook 08: modules that note who was called with what, and its
 figures."""
 
-import io
-import lzma
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -24,8 +21,7 @@ GREY, AGAIN, NONSENSE = "#c9c9c9", -2, -1
 
 def corpus(tokenizer, n_letters: int = 1_000_000) -> np.ndarray:
     """Tokens of the part of Shakespeare that the embedded model was trained on too."""
-    with lzma.open(nb.MODEL / "corpus" / "shakespeare.txt.xz", "rt", encoding="utf-8") as f:
-        return np.array(tokenizer.encode(f.read(n_letters)))
+    return np.array(tokenizer.encode(nb.shakespeare()[:n_letters]))
 
 
 def parts_of(config, k: int | None = None) -> dict[str, int]:
@@ -338,17 +334,10 @@ def plot_microbatches(counts, wasted, formula, reads) -> None:
 
 
 def film(grid: np.ndarray, path: str) -> str:
-    """The schedule as a moving picture, a frame for each turn. It carries the schedule as a
-    comment: if the file shows this one already, it is left as it is. Gives back the comment
-    of the file."""
-    comment, path = str(grid.tolist()), nb.NOTEBOOKS / path
-    if not path.exists() or Image.open(path).info.get("comment") != comment.encode():
-        frames = [_frame(grid, turn) for turn in range(grid.shape[1])]
-        options = dict(duration=[900] * (len(frames) - 1) + [2500], loop=0, optimize=True)
-        frames[0].save(
-            path, save_all=True, append_images=frames[1:], comment=comment, **options
-        )
-    return Image.open(path).info["comment"].decode()
+    """The schedule as a moving picture, a frame for each turn. It tells the schedule."""
+    turns = range(grid.shape[1])
+    frames = lambda: (_frame(grid, turn) for turn in turns)
+    return nb.film(path, str(grid.tolist()), frames, [*[900] * (len(turns) - 1), 2500])
 
 
 def _frame(grid: np.ndarray, turn: int) -> Image.Image:
@@ -385,10 +374,7 @@ def _frame(grid: np.ndarray, turn: int) -> Image.Image:
     above.axis("off")
     above.set_title(f"turn {turn}: waiting, at work, done", fontsize=11)
     _paint(below, grid, upto=turn)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    plt.close(figure)
-    return Image.open(buffer).convert("RGB").quantize(64)
+    return nb.as_image(figure).quantize(64)
 
 
 def expert_rows(chosen: np.ndarray, n_experts: int) -> tuple[int, int]:

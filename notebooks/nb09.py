@@ -1,24 +1,11 @@
 """The plumbing and the plots of notebook 09."""
 
-import dataclasses
-import lzma
 import re
 
-import equinox as eqx
-import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
-import nbtools as nb
-import one_file_ref
 from mistral_eqx.learning import training
-
-
-def shakespeare(begin: float, n_characters: int) -> str:
-    """A part of his works, from a share of them on. The last tenth is held out."""
-    with lzma.open(nb.MODEL / "corpus" / "shakespeare.txt.xz", "rt", encoding="utf-8") as f:
-        text = f.read()
-    return text[text.index("\n", int(begin * len(text))) + 1 :][:n_characters]
 
 
 def pig_latin(text: str) -> str:
@@ -53,20 +40,6 @@ def held_out_loss(frozen, state, data) -> float:
     """The mean loss of a token, over the same rows each time."""
     found = [training.evaluate(frozen, state, batch) for batch in data.measured(8)]
     return float(sum(total for total, _ in found) / sum(n for _, n in found))
-
-
-def one_file_with(one_file, **changes):
-    """The same weights with other arguments."""
-    args = dataclasses.replace(one_file.args, **changes)
-    skeleton = eqx.filter_eval_shape(one_file_ref.Transformer, args, key=jax.random.key(0))
-    return jax.tree.unflatten(jax.tree.structure(skeleton), jax.tree.leaves(one_file))
-
-
-def by_name(tree) -> dict[str, np.ndarray]:
-    """The arrays of a model, or of its gradient, by the names of its weights."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
-    return {name(path): np.asarray(leaf) for path, leaf in leaves}
 
 
 def fingerprints(arrays: dict[str, np.ndarray], n: int = 100) -> np.ndarray:

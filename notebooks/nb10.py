@@ -5,6 +5,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import LogLocator
 
+import nbtools as nb
+
 
 KINDS = [f"attention.{w}" for w in ("wq", "wk", "wv", "wo")]
 KINDS += [f"feed_forward.{w}" for w in ("w1", "w2", "w3")]
@@ -14,16 +16,9 @@ KINDS += [f"feed_forward.{w}" for w in ("w1", "w2", "w3")]
 TOPS = {"4 bits": 7, "8 bits": 127}
 
 
-def named(model) -> dict:
-    """The arrays of a model by their names."""
-    leaves = jax.tree_util.tree_leaves_with_path(model)
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
-    return {name(path): leaf for path, leaf in leaves}
-
-
 def distance(model, other) -> float:
     """How far the matrices of a model are from another's, over the size of those."""
-    ours, theirs = named(model), named(other)
+    ours, theirs = nb.named(model), nb.named(other)
     names = [n for n, x in theirs.items() if x.ndim == 2 and "tok_embeddings" not in n]
     squares = lambda arrays: sum(float((x**2).sum()) for x in arrays)
     apart = squares(ours[n] - theirs[n] for n in names)

@@ -6,24 +6,29 @@ device, and `Oracle` answers for PyTorch.
 """
 
 import ast
+import dataclasses
 import difflib
 import html
 import inspect
+import io
 import json
 import lzma
+import operator
 import os
 import platform
 import re
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import equinox as eqx
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import Markdown, display
+from PIL import Image
 from pygments.lexers import get_lexer_by_name
 from pygments.styles import get_style_by_name
 from pygments.token import STANDARD_TYPES
@@ -243,7 +248,7 @@ def show_source(*things) -> None:
     """Shows the code that runs: what is read is what is tested."""
     for thing in things:
         place, source = source_of(thing)
-        _show_code(f"`{place}`", source, "python", metadata={"source": place})
+        show_code(f"`{place}`", source, "python", metadata={"source": place})
 
 
 def show_diff(torch_thing: str, thing) -> None:
@@ -255,10 +260,10 @@ def show_diff(torch_thing: str, thing) -> None:
     )
     lines = difflib.unified_diff(old, new, n=99, lineterm="")
     body = "\n".join(list(lines)[3:])
-    _show_code(f"`{torch_place}` to `{place}`", body, "diff")
+    show_code(f"`{torch_place}` to `{place}`", body, "diff")
 
 
-def _show_code(title: str, code: str, language: str, metadata: dict | None = None) -> None:
+def show_code(title: str, code: str, language: str, metadata: dict | None = None) -> None:
     """Shows code below a title, once as Markdown, for whatever reads notebooks as text, and
     once as HTML, for JupyterLab, GitHub and pages made by nbconvert. nbconvert shows the
     Markdown of an output in a proportional font and without colours, so the HTML has both
@@ -285,14 +290,75 @@ def _show_code(title: str, code: str, language: str, metadata: dict | None = Non
     display(data, raw=True, metadata=metadata or {})
 
 
-def held_out(n_tokens: int, *, start: float = 0.95) -> list[int]:
-    """Tokens of Shakespeare that the embedded model has never been trained on: the last
-    tenth of his works is held out. The first id is BOS."""
-    tokenizer = mx.Tokenizer(MODEL / "tokenizer.model")
+def shakespeare() -> str:
+    """His works. The last tenth is held out: the embedded model has not read it."""
     with lzma.open(MODEL / "corpus" / "shakespeare.txt.xz", "rt", encoding="utf-8") as file:
-        text = file.read()
-    text = text[text.index("\n", int(start * len(text))) + 1 :][: 8 * n_tokens]
-    return tokenizer.encode(text)[:n_tokens]
+        return file.read()
+
+
+def passage(start: float, n_characters: int) -> str:
+    """A part of his works, from the first line that begins behind that share of them."""
+    text = shakespeare()
+    return text[text.index("\n", int(start * len(text))) + 1 :][:n_characters]
+
+
+def held_out(n_tokens: int, *, start: float = 0.95) -> list[int]:
+    """Tokens of Shakespeare that the embedded model has never been trained on. The first id
+    is BOS."""
+    tokenizer = mx.Tokenizer(MODEL / "tokenizer.model")
+    return tokenizer.encode(passage(start, 8 * n_tokens))[:n_tokens]
+
+
+def named(tree) -> dict:
+    """The arrays of a model, or of its gradient, by the names of its weights."""
+    spell = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
+    return {spell(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def with_config(model, **changes):
+    """A model of either port with the same leaves under another configuration."""
+    old = model.config if isinstance(model, mx.Transformer) else model.args
+    config = dataclasses.replace(old, **changes)
+    skeleton = eqx.filter_eval_shape(type(model), config, key=jax.random.key(0))
+    return jax.tree.unflatten(jax.tree.structure(skeleton), jax.tree.leaves(model))
+
+
+def film(
+    path: str,
+    told: str,
+    frames: Callable[[], Iterable[Image.Image]],
+    pauses: Sequence[int],
+    same: Callable[[str, str], bool] = operator.eq,
+) -> str:
+    """Makes a moving picture, and gives back what the file tells of itself. It carries
+    `told`, what it shows, as a comment: if the file tells the same already, no frame is
+    drawn. `pauses` are in milliseconds."""
+    path = NOTEBOOKS / path
+    if not path.exists() or not same(_comment(path), told):
+        first, *others = frames()
+        first.save(
+            path,
+            save_all=True,
+            append_images=others,
+            comment=told,
+            duration=list(pauses),
+            loop=0,
+            optimize=True,
+        )
+    return _comment(path)
+
+
+def _comment(path: Path) -> str:
+    with Image.open(path) as picture:
+        return picture.info.get("comment", b"").decode()
+
+
+def as_image(figure) -> Image.Image:
+    """A figure as a frame of a film. It is closed."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    plt.close(figure)
+    return Image.open(buffer).convert("RGB")
 
 
 class Oracle:

@@ -313,13 +313,13 @@ nb.check("the original is as it was", bool(jnp.all(package.norm.weight != 0)), e
 # %% [markdown]
 # And **static** things are changed by giving the same leaves another structure:
 # `jax.tree.structure` takes the nest without its leaves, **`jax.tree.unflatten`** puts
-# leaves into a nest. `nb01.with_config` does so with a whole model: `filter_eval_shape`
+# leaves into a nest. `nb.with_config` does so with a whole model: `filter_eval_shape`
 # makes a skeleton of another configuration, and the leaves are put into its structure.
 
 # %%
 structure = jax.tree.structure(Scale(numbers, 3.0))
 print(jax.tree.unflatten(structure, jax.tree.leaves(small))(jnp.ones(4)))
-narrow = nb01.with_config(package, sliding_window=8)
+narrow = nb.with_config(package, sliding_window=8)
 nb.check("window of the copy", narrow.layers[0].attention.window, eq=8)
 nb.check("its weights are shared", narrow.norm.weight is package.norm.weight, eq=True)
 
@@ -391,7 +391,7 @@ def taps_package(model, tokens):
 
 # %%
 ROWS = np.array([0, 1, 2, 7, 31, 62, 63, 64, 65, 100, 126, 127])
-matched = nb01.one_file_with(one_file, sliding_window=63)
+matched = nb.with_config(one_file, sliding_window=63)
 walks = {"package": (taps_package, package), "one file": (nb01.taps_one_file, matched)}
 taps, top = {}, {}  # top: the most probable token at each position
 for dtype in ("float32", "bfloat16"):
@@ -621,7 +621,7 @@ for name in gaps:
 # %%
 swap = lambda ffn: eqx.tree_at(lambda f: (f.w1, f.w3), ffn, (ffn.w3, ffn.w1))
 wo = lambda block: block.attention.wo.weight
-in_every_layer, with_config = nb01.in_every_layer, nb01.with_config
+in_every_layer, with_config = nb01.in_every_layer, nb.with_config
 museum = {
     "half-split RoPE": in_every_layer(package, lambda b: b.attention, nb01.half_split),
     "theta 1e6": with_config(package, rope_theta=1e6),

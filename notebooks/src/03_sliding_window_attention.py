@@ -404,7 +404,7 @@ rows = jnp.asarray([nb.held_out(256, start=s) for s in (0.91, 0.93, 0.95, 0.97)]
 tried, halved = [8, 32, 64, 128, 256], {}
 by_position = {}
 for w in tried:
-    model = nb03.with_config(package, sliding_window=w)
+    model = nb.with_config(package, sliding_window=w)
     by_position[w] = nb03.losses_at(model, rows, jnp.float32(1))  # [T - 1]
     if w in (64, 128):
         halved[w] = float(nb03.losses_at(model, rows, jnp.float32(0.5))[127:].mean())

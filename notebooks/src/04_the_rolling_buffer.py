@@ -374,7 +374,7 @@ my_longest = None  # 1, 2, 3 or 4
 
 # %%
 window = nb.knob(64, of=(32, 64))
-model = nb04.with_window(package, window)
+model = nb.with_config(package, sliding_window=window)
 truth = np.asarray(uncached(model, jnp.asarray(tokens)))
 short = window * 3 // 4
 

@@ -868,7 +868,7 @@ def cost_of_rounds(model, before, loop, n_rounds=20):  # nats a token: [n_rounds
 before = [unseen[i : i + 100] for i in range(0, 1600, 200)]
 
 # %%
-models = {window: nb06.with_window(package, window) for window in (4, 64)}
+models = {window: nb.with_config(package, sliding_window=window) for window in (4, 64)}
 by_window = {w: cost_of_rounds(model, before, loop) for w, model in models.items()}
 nb06.rounds({f"window {w}": cost for w, cost in by_window.items()}, len(loop))
 nb.caption(

@@ -38,6 +38,7 @@ import optax
 import mistral_eqx as mx
 import nb09
 import nbtools as nb
+import one_file_ref
 from exercises import ex09
 from mistral_eqx.learning import lora, training
 from mistral_eqx.learning.batches import Batch, Example, Packed, Slices
@@ -315,7 +316,7 @@ nb.check("left after 1,000 steps", left, near=(1 - 1e-2 * 0.1) ** 1000)
 optimizer = training.make_optimizer(learning_rate=1e-2, steps=10, warmup=0)
 zeros = jax.tree.map(jnp.zeros_like, little)
 updates, _ = jax.jit(optimizer.update)(zeros, optimizer.init(little), little)
-moves = {name: float(np.abs(x).max()) for name, x in nb09.by_name(updates).items()}
+moves = {name: float(np.abs(x).max()) for name, x in nb.named(updates).items()}
 norms = [move for name, move in moves.items() if "norm" in name]
 matrices = [move for name, move in moves.items() if "norm" not in name]
 nb.check("largest move of a norm", max(norms), eq=0.0)
@@ -374,8 +375,8 @@ def one_file_loss(model):
 
 
 differentiate = eqx.filter_jit(lambda f, *x: eqx.filter_value_and_grad(f)(*x))
-one_file = nb09.one_file_ref.Transformer.from_folder(nb.MODEL, dtype=jnp.float32)
-one_file = nb09.one_file_with(one_file, sliding_window=63)
+one_file = one_file_ref.Transformer.from_folder(nb.MODEL, dtype=jnp.float32)
+one_file = nb.with_config(one_file, sliding_window=63)
 found = {
     "package": differentiate(training.loss, package, Batch(text[None])),
     "one file": differentiate(one_file_loss, one_file),
@@ -385,7 +386,7 @@ found = {
 # A gradient is a tree like the model, so its arrays have the names of the weights.
 
 # %%
-named = {name: nb09.by_name(gradient) for name, (_, gradient) in found.items()}
+named = {name: nb.named(gradient) for name, (_, gradient) in found.items()}
 prints |= {name: nb09.fingerprints(arrays) for name, arrays in named.items()}
 losses = {name: float(loss) for name, (loss, _) in found.items()} | {65: float(wrong[-1])}
 series = {"package": "package", "one file": "one file", "torch, one key too many": 65}
@@ -492,8 +493,8 @@ my_level = None  # "better", "level" or "worse"
 encode = lambda text: np.asarray(tokenizer.encode(text, bos=False), np.int32)
 slices = lambda text: Slices("text", encode(text), seq_len=64, bos_id=tokenizer.bos_id)
 learnt, unseen = (
-    slices(nb09.shakespeare(0, 1_000_000)),
-    slices(nb09.shakespeare(0.95, 150_000)),
+    slices(nb.passage(0, 1_000_000)),
+    slices(nb.passage(0.95, 150_000)),
 )
 single, pairs = nb09.table_losses(learnt.tokens, unseen.tokens)
 
@@ -690,7 +691,7 @@ held_out_line = Batch(jnp.asarray([nb.held_out(33)]))
 weights, rest = eqx.partition(new, lora.trainable(new))
 loss_of = lambda w, batch: training.loss(eqx.combine(w, rest), batch)
 gradient = eqx.filter_jit(eqx.filter_grad(loss_of))(weights, held_out_line)
-gradient = nb09.by_name(gradient)
+gradient = nb.named(gradient)
 
 # %%
 of_a = max(float(np.abs(g).max()) for name, g in gradient.items() if name.endswith(".a"))
@@ -737,10 +738,10 @@ nb.check("and the layer alone, relative Δ", far(layer.base(x)), gt=0.1)
 
 # %%
 nb.say(f"*{nb09.pig_latin('To be, or not to be, that is the question.')}*")
-pig = slices(nb09.pig_latin(nb09.shakespeare(0.1, 200_000)))
+pig = slices(nb09.pig_latin(nb.passage(0.1, 200_000)))
 held = {
     "Shakespeare": unseen,
-    "Pig Latin": slices(nb09.pig_latin(nb09.shakespeare(0.95, 60_000))),
+    "Pig Latin": slices(nb09.pig_latin(nb.passage(0.95, 60_000))),
 }
 
 # %% [markdown]

@@ -117,7 +117,7 @@ nb.check("largest error, 4 bits over 8", error4 / error8, gt=8)
 # %%
 matrices = {  # [out, in] each
     name: np.asarray(leaf)
-    for name, leaf in nb10.named(package).items()
+    for name, leaf in nb.named(package).items()
     if leaf.ndim == 2 and "tok_embeddings" not in name
 }
 span = [(w.max(1) - w.min(1)) / (2 * np.abs(w).max(1)) for w in matrices.values()]
@@ -130,7 +130,7 @@ nb.say(
 )
 
 # %% [markdown]
-# A model is a **pytree**: to JAX, a tree with arrays at its leaves. `nb10.named` lists them
+# A model is a **pytree**: to JAX, a tree with arrays at its leaves. `nb.named` lists them
 # with `jax.tree_util.tree_leaves_with_path`, which tells how to reach each leaf, and
 # `keystr`, which writes that path as a name, such as `layers.0.attention.wq.weight`. Seven
 # matrices in each of six layers, and the output's, take part. Embeddings and norms do not.
@@ -146,7 +146,7 @@ nb.show_source(mx.kernels.quantized.quantized)
 
 # %%
 def parts_of(model):  # the values and scales of a quantized model, by names
-    leaves = nb10.named(model)
+    leaves = nb.named(model)
     part = lambda name, end: np.asarray(leaves[name.replace("weight", end)])
     return {name: (part(name, "values"), part(name, "scales")) for name in matrices}
 

@@ -366,14 +366,13 @@ def test_embedded_model_compresses_what_it_has_not_read(capsys, tmp_path):
 COMMAND = [sys.executable, "-m", "mistral_eqx"]
 # What a command compiles is kept for the next ones, in a folder of these tests.
 KEPT = tempfile.TemporaryDirectory()
-ENVIRONMENT = os.environ | {
+SETTINGS = {
     "JAX_PLATFORMS": "cpu",
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "JAX_ENABLE_COMPILATION_CACHE": "1",
     "TERM": "dumb",
     "COLUMNS": "90",
     "XDG_CACHE_HOME": KEPT.name,
 }
-del ENVIRONMENT["JAX_ENABLE_COMPILATION_CACHE"]
 
 
 @pytest.fixture(scope="module")
@@ -390,7 +389,7 @@ def small(tmp_path_factory):
 
 def piped(*arguments, stdin=b""):
     done = subprocess.run(
-        [*COMMAND, *arguments], input=stdin, capture_output=True, env=ENVIRONMENT
+        [*COMMAND, *arguments], input=stdin, capture_output=True, env=os.environ | SETTINGS
     )
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
@@ -399,7 +398,7 @@ def terminal(*arguments):
     return pexpect.spawn(
         COMMAND[0],
         [*COMMAND[1:], *arguments],
-        env=ENVIRONMENT,
+        env=os.environ | SETTINGS,
         encoding="utf-8",
         timeout=120,
         echo=False,
@@ -518,7 +517,7 @@ def test_lines_from_windows(small, tmp_path):
 def test_a_closed_pipe_is_no_error(small):
     command = [*COMMAND, "demo", small, "--max_tokens", "2"]
     child = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | SETTINGS
     )
     child.stdout.close()
     assert (child.stderr.read(), child.wait()) == (b"", 0)
@@ -572,7 +571,7 @@ def test_invalid_utf8_on_standard_input(small):
 
 def test_compiled_programs_are_kept(small, tmp_path):
     def start(home, *arguments):
-        environment = ENVIRONMENT | {"XDG_CACHE_HOME": str(home)}
+        environment = os.environ | SETTINGS | {"XDG_CACHE_HOME": str(home)}
         command = [*COMMAND, *arguments, "generate", "To be", "--model", small]
         command += ["--max_tokens", "3"]
         done = subprocess.run(command, capture_output=True, env=environment)
