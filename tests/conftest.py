@@ -10,6 +10,7 @@ from pathlib import Path
 # The command line keeps compiled programs in the user's folder: tests leave that alone.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
 
+import hypothesis
 import jax
 import jaxtyping
 import pytest
@@ -18,6 +19,11 @@ from jaxtyping import install_import_hook
 
 # Before the first import of what is tested.
 install_import_hook(["mistral_eqx", "one_file_ref"], "beartype.beartype")
+
+# Every run tries the same examples, so that a change is all that can make a test fail.
+# `--hypothesis-profile=default` tries others.
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.load_profile("same")
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
