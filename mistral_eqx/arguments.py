@@ -99,6 +99,38 @@ def path(name: str, value: Any) -> str:
     return os.fspath(value)
 
 
+def is_positive_integer(value: Any) -> bool:
+    # `True` is an `int` in Python, and JSON has `true`.
+    return type(value) is int and 0 < value <= LARGEST
+
+
+def check_integer(name: str, owner: Any, most: int = LARGEST) -> None:
+    """Checks an attribute that came from a file: `moe.num_experts` is `num_experts` of the
+    owner. Raises `ValueError` for what is no positive integer, and above `most`."""
+    value = getattr(owner, name.split(".")[-1])
+    if not is_positive_integer(value):
+        raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most}, got {value}.")
+
+
+def check_number(name: str, owner: Any) -> None:
+    """As `check_integer`, for a positive number; makes it a `float` where the file had an
+    integer."""
+    field = name.split(".")[-1]
+    value = getattr(owner, field)
+    if type(value) not in (int, float) or not 0 < value < 1e300:
+        raise ValueError(f"{name} must be a positive number, got {value!r}.")
+    object.__setattr__(owner, field, float(value))
+
+
+def check_flag(name: str, owner: Any) -> None:
+    """As `check_integer`, for true or false."""
+    value = getattr(owner, name.split(".")[-1])
+    if type(value) is not bool:
+        raise ValueError(f"{name} must be true or false, got {value!r}.")
+
+
 def shown(value: Any) -> str:
     """What a message shows of a value: its type, and the beginning of its `repr`."""
     try:

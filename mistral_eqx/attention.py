@@ -15,8 +15,8 @@ from .rope import Places, query_scale, rotate
 
 
 class Band(eqx.Module):
-    """Which tokens of a whole sequence see which: each sees itself and what came before it,
-    in its own text and within the window.
+    """Which tokens of a sequence see which: each sees itself and what came before it, in
+    its own text and within the window.
 
     **Attributes:**
 
@@ -30,18 +30,18 @@ class Band(eqx.Module):
 
 
 def visible(
-    query_positions: Int32[Array, "seq"],
-    key_positions: Int32[Array, "slots"],
+    query_positions: Int32[Array, "*batch seq"],
+    key_positions: Int32[Array, "*batch slots"],
     window: int | None,
-) -> Bool[Array, "seq slots"]:
+) -> Bool[Array, "*batch seq slots"]:
     """Which keys each query may see: itself and the `window - 1` tokens before it.
 
     Positions below zero are pads and empty slots, which nobody sees. That is `window`
     keys in all, as in Mistral's production code; the mask of its one-file reference lets
     one more through (Mistral 7B, arXiv 2310.06825, §2).
     """
-    distance = query_positions[:, None] - key_positions[None, :]
-    seen = (distance >= 0) & (key_positions[None, :] >= 0)
+    distance = query_positions[..., :, None] - key_positions[..., None, :]
+    seen = (distance >= 0) & (key_positions[..., None, :] >= 0)
     return seen if window is None else seen & (distance < window)
 
 
@@ -87,10 +87,14 @@ def attend_ring(
     queries: Float[Array, "seq heads head_dim"],
     keys: Float[Array, "kv_heads slots head_dim"],
     values: Float[Array, "kv_heads slots head_dim"],
-    mask: Bool[Array, "seq slots"],
+    positions: Int32[Array, "seq"],
+    key_positions: Int32[Array, "slots"],
+    band: Band,
     length: Int32[Array, ""],
 ) -> Float[Array, "seq heads head_dim"]:
-    """Attention to the ring of a cache. Slots from `length` on are not written yet."""
+    """Attention of a chunk to the ring of a cache, into which it was written. Slots from
+    `length` on are not written yet."""
+    mask = visible(positions, key_positions, band.window)
     return attend(queries, keys, values, mask)
 
 
@@ -158,10 +162,7 @@ class Attention(eqx.Module):
         self.scaling = config.llama_4_scaling
 
     def __call__(
-        self,
-        x: Float[Array, "seq dim"],
-        places: Places,
-        cache: LayerCache | None,
+        self, x: Float[Array, "seq dim"], places: Places, cache: LayerCache | None
     ) -> tuple[Float[Array, "seq dim"], LayerCache | None]:
         """**Arguments:**
 
@@ -184,13 +185,12 @@ class Attention(eqx.Module):
         if self.scaling is not None:
             scale = query_scale(positions, self.scaling).astype(queries.dtype)
             queries = queries * scale[:, None, None]
+        band = Band(places.segments, self.window)
         if cache is None:
-            band = Band(places.segments, self.window)
             out = attend_sequence(queries, keys, values, band)
         else:
             cache = cache.write(keys, values, length)
-            padding = length - positions[0]
-            key_positions = cache.indices(length + seq) - padding
-            mask = visible(positions, key_positions, self.window)
-            out = attend_ring(queries, cache.keys, cache.values, mask, length + seq)
+            length, padding = length + seq, length - positions[0]
+            ring, held = (cache.keys, cache.values), cache.indices(length) - padding
+            out = attend_ring(queries, *ring, positions, held, band, length)
         return self.wo(out.reshape(seq, self.n_heads * self.head_dim)), cache

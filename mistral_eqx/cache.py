@@ -40,8 +40,8 @@ class LayerCache(eqx.Module):
         length: Int32[Array, ""],
     ) -> "LayerCache":
         """Writes a chunk as tokens `length, length + 1, ...`. It must not straddle the
-        ring's end, which `chunk_sizes` sees to: a block that would is moved back by XLA
-        and overwrites slots that are still in use."""
+        ring's end, which the engine's `chunk_sizes` sees to: a block that would is moved
+        back by XLA and overwrites slots that are still in use."""
 
         def write(ring, chunk):
             chunk = jnp.swapaxes(chunk, 0, 1).astype(ring.dtype)
@@ -133,18 +133,3 @@ def ring_size(window: int | None, *, chunk: int, max_length: int) -> int:
     """
     length = max_length if window is None else min(max_length, window - 1 + chunk)
     return -(-length // chunk) * chunk
-
-
-def chunk_sizes(
-    length: int, n_tokens: int, *, chunk: int, slots: tuple[int, ...]
-) -> list[int]:
-    """How to cut `n_tokens` that follow `length` others, so that no chunk straddles the
-    end of any ring. Only `chunk` and powers of two below it are used: a handful of shapes
-    to compile for prompts of any length."""
-    sizes = []
-    while n_tokens > 0:
-        room = min(n_tokens, *(ring - length % ring for ring in slots))
-        size = chunk if room >= chunk else 1 << (room.bit_length() - 1)
-        sizes.append(size)
-        length, n_tokens = length + size, n_tokens - size
-    return sizes

@@ -2,7 +2,13 @@
 
 import dataclasses
 import math
-from typing import Any
+
+from .arguments import check_flag, check_integer, check_number, is_positive_integer
+
+
+# The most layers, and the most experts: several times what any model has. They are counted
+# one by one, long before any weight is read.
+_MOST = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,20 +36,17 @@ class Yarn:
     attention_factor: float | None = None
 
     def __post_init__(self):
-        _check_integer("yarn.original_max_position_embeddings", self)
+        check_integer("yarn.original_max_position_embeddings", self)
         for name in ("factor", "beta", "alpha"):
-            _check_number(f"yarn.{name}", self)
+            check_number(f"yarn.{name}", self)
         if self.factor < 1 or self.beta <= self.alpha:
             raise ValueError(
                 "yarn.factor must be 1 or more and yarn.beta greater than yarn.alpha, got "
                 f"{self.factor}, {self.beta} and {self.alpha}."
             )
-        if type(self.apply_scale) is not bool:
-            raise ValueError(
-                f"yarn.apply_scale must be true or false, got {self.apply_scale!r}."
-            )
+        check_flag("yarn.apply_scale", self)
         if self.attention_factor is not None:
-            _check_number("yarn.attention_factor", self)
+            check_number("yarn.attention_factor", self)
 
     @property
     def scale(self) -> float:
@@ -63,8 +66,8 @@ class Llama4Scaling:
     beta: float
 
     def __post_init__(self):
-        _check_integer("llama_4_scaling.original_max_position_embeddings", self)
-        _check_number("llama_4_scaling.beta", self)
+        check_integer("llama_4_scaling.original_max_position_embeddings", self)
+        check_number("llama_4_scaling.beta", self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +85,7 @@ class MoEConfig:
 
     def __post_init__(self):
         for name in ("num_experts", "num_experts_per_tok"):
-            _check_integer(f"moe.{name}", self, _MOST)
+            check_integer(f"moe.{name}", self, _MOST)
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"moe.num_experts_per_tok ({self.num_experts_per_tok}) must not be more "
@@ -142,24 +145,15 @@ class ModelConfig:
         if self.rope_theta is None:
             theta = 1e6 if self.sliding_window is None else 1e4
             object.__setattr__(self, "rope_theta", theta)
-        for name in (
-            "dim",
-            "head_dim",
-            "hidden_dim",
-            "n_heads",
-            "n_kv_heads",
-            "vocab_size",
-        ):
-            _check_integer(name, self)
-        _check_integer("n_layers", self, _MOST)
+        sizes = ("dim", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "vocab_size")
+        for name in sizes:
+            check_integer(name, self)
+        check_integer("n_layers", self, _MOST)
         if self.max_position_embeddings is not None:
-            _check_integer("max_position_embeddings", self)
+            check_integer("max_position_embeddings", self)
         for name in ("norm_eps", "rope_theta"):
-            _check_number(name, self)
-        if type(self.tied_embeddings) is not bool:
-            raise ValueError(
-                f"tied_embeddings must be true or false, got {self.tied_embeddings!r}."
-            )
+            check_number(name, self)
+        check_flag("tied_embeddings", self)
         if self.n_heads % self.n_kv_heads != 0:
             raise ValueError(
                 f"n_heads ({self.n_heads}) must be a multiple of n_kv_heads "
@@ -173,7 +167,7 @@ class ModelConfig:
         if self.yarn is not None and self.rope_theta <= 1:
             raise ValueError(f"rope_theta must be above 1 for yarn, got {self.rope_theta}.")
         period = self._window_period
-        if not period or not all(w is None or _is_positive_integer(w) for w in period):
+        if not period or not all(w is None or is_positive_integer(w) for w in period):
             raise ValueError(
                 "sliding_window must be a positive integer, null, or a list of these, got "
                 f"{self.sliding_window!r}."
@@ -198,30 +192,3 @@ class ModelConfig:
     def _window_period(self) -> tuple[int | None, ...]:
         window = self.sliding_window
         return window if isinstance(window, tuple) else (window,)
-
-
-# The most layers, and the most experts: several times what any model has. They are counted
-# one by one, long before any weight is read.
-_MOST = 1024
-
-
-def _is_positive_integer(value: Any) -> bool:
-    # `True` is an `int` in Python, and JSON has `true`.
-    return type(value) is int and 0 < value < 2**31
-
-
-def _check_integer(name: str, owner: Any, most: int = 2**31) -> None:
-    value = getattr(owner, name.split(".")[-1])
-    if not _is_positive_integer(value):
-        raise ValueError(f"{name} must be a positive integer, got {value!r}.")
-    if value > most:
-        raise ValueError(f"{name} must be at most {most}, got {value}.")
-
-
-def _check_number(name: str, owner: Any) -> None:
-    """Checks a number, and makes it a `float` where JSON had an integer."""
-    field = name.split(".")[-1]
-    value = getattr(owner, field)
-    if type(value) not in (int, float) or not 0 < value < 1e300:
-        raise ValueError(f"{name} must be a positive number, got {value!r}.")
-    object.__setattr__(owner, field, float(value))

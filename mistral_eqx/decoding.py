@@ -27,7 +27,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float32, Int32, Key, PRNGKeyArray
 
 from . import arguments
-from .cache import Cache, chunk_sizes
+from .cache import Cache
 from .devices.sharding import replicate, shard_cache, shard_rows
 from .kernels.dtypes import cache_dtype
 from .prompts import (
@@ -37,6 +37,7 @@ from .prompts import (
     checked_chunk,
     checked_eos_ids,
     checked_prompts,
+    chunk_sizes,
     next_power_of_two,
     padded_length,
 )
@@ -82,7 +83,7 @@ def prefill(
     """
     prompts = checked_prompts(prompts, model.config.vocab_size)
     max_tokens = arguments.integer("max_tokens", max_tokens)
-    chunk = checked_chunk(chunk, model.config)
+    chunk = checked_chunk(chunk, model, len(prompts))
     length = max(len(prompt) for prompt in prompts)
     if cache is None:
         length = padded_length(length, chunk)

@@ -93,7 +93,7 @@ def stream(
         budgets_of(max_tokens, len(prompts)),
         prefix=prefix,
         stopped=stopped,
-        chunk=checked_chunk(chunk, config),
+        chunk=checked_chunk(chunk, model, len(prompts)),
         block=arguments.integer("block", block, least=1, most=BLOCK),
         sampling=sampling,
         eos_ids=checked_eos_ids(eos_ids, config.vocab_size),

@@ -11,20 +11,24 @@ from .cache import Cache
 from .config import ModelConfig
 from .devices.chips import Chip, chip_here
 from .devices.processes import to_host
+from .devices.sharding import n_row_groups
+from .transformer import Transformer
 
 
-def default_chunk(config: ModelConfig, chip: Chip | None = None) -> int:
-    """The most tokens of a prompt that go through the model at once.
+def default_chunk(config: ModelConfig, chip: Chip | None = None, *, rows: int = 1) -> int:
+    """The most tokens of each prompt that go through the model at once.
 
     With few tokens a chip waits for weights. It multiplies for as long as it reads if there
     are as many tokens as it has operations for each byte: a token needs two operations for
     every weight of two bytes. (Each expert of a Mixtral gets only some of the tokens.) So
-    this is the power of two from there on, 256 at least. More would take memory, and where
-    there is a window, make the ring longer than it need be.
+    this is the power of two from there on, 256 at least, and the rows of a batch have a
+    share of it each. More would take memory, and where there is a window, make the ring
+    longer than it need be.
 
     **Arguments:**
 
     - `chip`: what it is for; by default what this process has.
+    - `rows`: how many prompts a device reads at once.
     """
     chip, window = chip or chip_here(), config.smallest_window
     chunk = 256
@@ -32,17 +36,17 @@ def default_chunk(config: ModelConfig, chip: Chip | None = None) -> int:
         tokens = chip.operations / chip.bandwidth
         if config.moe is not None:
             tokens *= config.moe.num_experts / config.moe.num_experts_per_tok
-        chunk = min(2048, max(256, next_power_of_two(math.ceil(tokens))))
+        chunk = min(2048, max(256, next_power_of_two(math.ceil(tokens / rows))))
     if window is not None:
         chunk = min(chunk, max(128, 1 << (window.bit_length() - 1)))
     return chunk
 
 
-def checked_chunk(chunk: int | None, config: ModelConfig) -> int:
+def checked_chunk(chunk: int | None, model: Transformer, n_prompts: int) -> int:
     """The chunk that was asked for, or the default. Raises `TypeError` for what is no
     number, `ValueError` below 1."""
     if chunk is None:
-        return default_chunk(config)
+        return default_chunk(model.config, rows=-(-n_prompts // n_row_groups(model)))
     return arguments.integer("chunk", chunk, least=1, most=2**20)
 
 
@@ -50,6 +54,21 @@ def padded_length(longest: int, chunk: int) -> int:
     """Whole chunks and a power of two behind them: the least such length."""
     whole, rest = divmod(longest, chunk)
     return whole * chunk + (min(chunk, next_power_of_two(rest)) if rest else 0)
+
+
+def chunk_sizes(
+    length: int, n_tokens: int, *, chunk: int, slots: tuple[int, ...]
+) -> list[int]:
+    """How to cut `n_tokens` that follow `length` others, so that no chunk straddles the
+    end of any ring. Only `chunk` and powers of two below it are used: a handful of shapes
+    to compile for prompts of any length."""
+    sizes = []
+    while n_tokens > 0:
+        room = min(n_tokens, *(ring - length % ring for ring in slots))
+        size = chunk if room >= chunk else 1 << (room.bit_length() - 1)
+        sizes.append(size)
+        length, n_tokens = length + size, n_tokens - size
+    return sizes
 
 
 def next_power_of_two(n: int) -> int:

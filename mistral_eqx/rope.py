@@ -52,10 +52,7 @@ class Places(eqx.Module):
 
 
 def rotation(
-    positions: Int[Array, "seq"],
-    head_dim: int,
-    theta: float,
-    yarn: Yarn | None = None,
+    positions: Int[Array, "seq"], head_dim: int, theta: float, yarn: Yarn | None = None
 ) -> tuple[Float32[Array, "seq half"], Float32[Array, "seq half"]]:
     """The cosine and sine of every position's angles.
 

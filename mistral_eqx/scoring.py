@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float32, Int32
 from tqdm import tqdm
 
-from .cache import Cache, chunk_sizes
+from .cache import Cache
 from .decoding import make_cache
 from .devices.processes import to_host
 from .devices.sharding import replicate
@@ -73,7 +73,7 @@ def score(
     alternatives = checked_alternatives(alternatives, model.config.vocab_size)
     if len(tokens) < 2:
         raise ValueError("A text of one token has nothing to score.")
-    chunk = checked_chunk(chunk, model.config)
+    chunk = checked_chunk(chunk, model, 1)
     inputs = np.asarray(tokens[:-1], np.int32)
     targets = np.asarray(tokens[1:], np.int32)
     capacity = next_power_of_two(len(inputs))

@@ -47,20 +47,14 @@ class TransformerBlock(eqx.Module):
     # Each block is jitted, so identical blocks are traced once.
     @eqx.filter_jit
     def __call__(
-        self,
-        x: Float[Array, "seq dim"],
-        places: Places,
-        cache: LayerCache | None,
+        self, x: Float[Array, "seq dim"], places: Places, cache: LayerCache | None
     ) -> tuple[Float[Array, "seq dim"], LayerCache | None]:
         """As [`Attention`][], but for the whole block: `x` comes back with both added."""
         x, cache = self.attend(x, places, cache)
         return self.feed(x), cache
 
     def attend(
-        self,
-        x: Float[Array, "seq dim"],
-        places: Places,
-        cache: LayerCache | None,
+        self, x: Float[Array, "seq dim"], places: Places, cache: LayerCache | None
     ) -> tuple[Float[Array, "seq dim"], LayerCache | None]:
         """The first half of the block: `x` comes back with what was attended added."""
         attended, cache = self.attention(self.attention_norm(x), places, cache)
@@ -92,11 +86,7 @@ class Transformer(eqx.Module):
     config: ModelConfig = eqx.field(static=True)
 
     def __init__(
-        self,
-        config: ModelConfig,
-        *,
-        dtype: DTypeLike = jnp.float32,
-        key: PRNGKeyArray,
+        self, config: ModelConfig, *, dtype: DTypeLike = jnp.float32, key: PRNGKeyArray
     ):
         """**Arguments:**
 

@@ -6,7 +6,8 @@ from hypothesis import given, settings, strategies as st
 from models import PARAMS
 
 from mistral_eqx import Cache, ModelConfig
-from mistral_eqx.cache import LayerCache, chunk_sizes, ring_size
+from mistral_eqx.cache import LayerCache, ring_size
+from mistral_eqx.prompts import chunk_sizes
 
 
 windows = st.none() | st.integers(1, 40)

@@ -327,6 +327,8 @@ def test_a_chunk_for_a_chip(name, model, chunk):
     """So many tokens that it multiplies for as long as it reads weights."""
     chip, config = CHIPS[name], RELEASED[model]
     assert default_chunk(config, chip) == chunk
+    assert default_chunk(config, chip, rows=2) == max(256, chunk // 2)
+    assert default_chunk(config, chip, rows=64) == 256
     share = 1 if config.moe is None else 2 / 8
     assert chunk / 2 < chip.operations / chip.bandwidth / share <= chunk or chunk == 256
     narrow = dataclasses.replace(config, sliding_window=200)

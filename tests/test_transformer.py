@@ -6,8 +6,8 @@ import pytest
 from models import PARAMS, cast, close, random_model, random_tokens
 
 from mistral_eqx import Cache, ModelConfig, Transformer
-from mistral_eqx.cache import chunk_sizes
 from mistral_eqx.files.params import config_from_params
+from mistral_eqx.prompts import chunk_sizes
 
 
 def in_chunks(model, tokens, chunk):

@@ -26,7 +26,7 @@ from ..decoding import BLOCK, DecodeState, decode, make_cache, prefill
 from ..devices.sharding import replicate, shard_rows
 from ..files.names import weight_name, weight_shapes
 from ..kernels import dtypes
-from ..prompts import default_chunk, next_power_of_two
+from ..prompts import checked_chunk, next_power_of_two
 from ..transformer import Transformer
 
 
@@ -321,7 +321,7 @@ def _time_at(model: Transformer, batch: int, length: int, repeats: int) -> dict[
     cache = make_cache(
         model,
         jnp.zeros(batch, jnp.int32),
-        chunk=default_chunk(model.config),
+        chunk=checked_chunk(None, model, batch),
         max_length=next_power_of_two(length),
     )
     # The steps that are timed end at this length.

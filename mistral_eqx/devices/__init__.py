@@ -7,6 +7,7 @@ engine then puts caches and batches where the model needs them.
 |---|---|
 | `mesh.py` | the axes of a mesh, and which sizes a model can be divided by |
 | `sharding.py` | which part of every weight, cache and batch each device holds |
+| `fsdp.py` | weights along `fsdp`, whole again where a block is trained |
 | `stages.py` | pipeline parallelism: layers in stages, batches in microbatches |
 | `attention.py` | each device attends with its own heads |
 | `experts.py` | expert parallelism: each device computes what its own experts contribute |

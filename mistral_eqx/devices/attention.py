@@ -1,8 +1,10 @@
-"""Attention of whole sequences on many devices: each attends with its own heads, to its own
-rows."""
+"""Attention on many devices: each attends with its own heads, to its own rows.
+
+A kernel is for one device, and the compiler cannot divide it.
+"""
 
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from .. import attention
 from ..kernels.replaced import replaces
@@ -10,14 +12,13 @@ from .mesh import MODEL, mesh_of_array, on_each_device, rows_spec
 
 
 @replaces(attention.attend_sequence, on="mesh", derived=True)
-def attend_where_heads_are(
+def attend_sequence_where_heads_are(
     queries: Float[Array, "batch seq heads head_dim"],
     keys: Float[Array, "batch seq kv_heads head_dim"],
     values: Float[Array, "batch seq kv_heads head_dim"],
     band: attention.Band,
 ) -> Float[Array, "batch seq heads head_dim"]:
-    """[`mistral_eqx.attention.attend_sequence`][]. A kernel is for one device, and the
-    compiler cannot divide it."""
+    """[`mistral_eqx.attention.attend_sequence`][]."""
     mesh = mesh_of_array(queries)
     if mesh is None:
         return attention.attend_sequence.batched(queries, keys, values, band)
@@ -31,3 +32,29 @@ def attend_where_heads_are(
         out_specs=query_heads,
     )
     return run(queries, keys, values, band)
+
+
+@replaces(attention.attend_ring, on="mesh")
+def attend_ring_where_heads_are(
+    queries: Float[Array, "batch seq heads head_dim"],
+    keys: Float[Array, "batch kv_heads slots head_dim"],
+    values: Float[Array, "batch kv_heads slots head_dim"],
+    positions: Int32[Array, "batch seq"],
+    key_positions: Int32[Array, "batch slots"],
+    band: attention.Band,
+    length: Int32[Array, ""],
+) -> Float[Array, "batch seq heads head_dim"]:
+    """[`mistral_eqx.attention.attend_ring`][]."""
+    arguments = (queries, keys, values, positions, key_positions, band, length)
+    mesh = mesh_of_array(queries)
+    if mesh is None:
+        return attention.attend_ring.batched(*arguments)
+    rows = rows_spec(queries.shape[0], mesh)
+    query_heads, ring = PartitionSpec(*rows, None, MODEL), PartitionSpec(*rows, "model")
+    run = on_each_device(
+        attention.attend_ring.on_one_device,
+        mesh,
+        in_specs=(query_heads, ring, ring, rows, rows, rows, PartitionSpec()),
+        out_specs=query_heads,
+    )
+    return run(*arguments)

@@ -107,6 +107,8 @@ def _copies(
 def _instructions(text: str) -> Iterator[tuple[str, str, tuple[int, ...], str]]:
     """The name, dtype, shape and operation of every instruction that XLA runs by itself:
     those inside of a fusion make nothing in memory."""
+    # In long tuples, every fifth part has its number.
+    text = re.sub(r"/\*index=\d+\*/", "", text)
     fused = set()
     # What a TPU puts back from the memory on the chip was fetched or made there.
     put_back = set(re.findall(r"%([\w.\-]+) = .*S\(1\).* copy-start\(", text))

@@ -180,17 +180,18 @@ def reckon(
     n_groups = row_groups(complete)
     rows = -(-batch // n_groups) * n_groups
     chip, n_devices = chip or chip_here(), math.prod(mesh.values())
-    chunk = default_chunk(config, chip)
+    rows_here = rows // n_groups
+    chunk = default_chunk(config, chip, rows=rows_here)
     cache = cache_skeleton(model, rows=rows, context=context, chunk=chunk, dtype=dtype)
     all_weights, weights = _held(model, places)
     whole_cache, cached = _held(cache, cache_shardings(cache, complete))
     # What a chunk of a prompt needs at once, in float32: the scores of a layer and their
     # softmax, or the insides of its feed-forward network, and the logits.
-    n, rows_here = mesh.get("model", 1), rows // n_groups
+    n = mesh.get("model", 1)
     tokens = chunk * (rows_here // math.gcd(rows_here, mesh.get("pipe", 1)))
     scores = tokens * config.n_heads * max(cache.slots)
-    # On accelerators and on many devices the scores are made in blocks.
-    if n_devices > 1 or chip is not None and chip.platform != "cpu":
+    # Accelerators make the scores in blocks, or keep none at all.
+    if chip is not None and chip.platform != "cpu":
         scores = min(scores, SCORES)
     inside = tokens * 3 * config.hidden_dim
     work = max(2 * scores, inside) // n + rows_here * 3 * config.vocab_size

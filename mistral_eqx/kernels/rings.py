@@ -1,4 +1,4 @@
-"""Attention to a ring in blocks of slots, for accelerators and for meshes.
+"""Attention to a ring in blocks of slots, for accelerators.
 
 Slots that are not written yet are not read, and scores exist for one block at a time: a
 chunk of a prompt needs no more memory for a long ring than for a short one. The softmax is
@@ -8,7 +8,7 @@ that of Milakov and Gimelshein (arXiv 1805.02867), as in FlashAttention (arXiv 2
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Float, Int32
 
 from .. import attention
 from .replaced import replaces
@@ -21,12 +21,13 @@ SCORES = 2**24
 
 
 @replaces(attention.attend_ring, on="any")
-@replaces(attention.attend_ring, on="mesh")
 def attend_blocks(
     queries: Float[Array, "batch seq heads head_dim"],
     keys: Float[Array, "batch kv_heads slots head_dim"],
     values: Float[Array, "batch kv_heads slots head_dim"],
-    mask: Bool[Array, "batch seq slots"],
+    positions: Int32[Array, "batch seq"],
+    key_positions: Int32[Array, "batch slots"],
+    band: attention.Band,
     length: Int32[Array, ""],
 ) -> Float[Array, "batch seq heads head_dim"]:
     """[`mistral_eqx.attention.attend_ring`][]."""
@@ -34,6 +35,7 @@ def attend_blocks(
     _, kv_heads, slots, _ = keys.shape
     fitting = (size for size in BLOCKS if batch * heads * seq * size <= SCORES)
     block = next(fitting, BLOCKS[-1])
+    mask = attention.visible(positions, key_positions, band.window)
     if slots <= block or slots % block != 0:
         return jax.vmap(attention.attend)(queries, keys, values, mask)
     # Without this the compiler turns the rings of a batch around before it decodes a block

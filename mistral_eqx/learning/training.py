@@ -9,14 +9,15 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Float32, Int
 
-from ..devices.sharding import replicate
+from ..devices.fsdp import Within, gathered
+from ..devices.sharding import n_row_groups, replicate
 from ..heads.classifier import Classifier
 from ..transformer import Transformer
 from .batches import Batch, Labelled
 from .lora import trainable
 
 
-# How many logits are in memory at once. There are as many as tokens times the vocabulary.
+# How many logits a device makes at once. There are as many as tokens times the vocabulary.
 _LOGITS = 2**26
 # A Transformer or a Classifier.
 Model = eqx.Module
@@ -77,7 +78,8 @@ def _entropies(
         return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
     batch, seq = targets.shape
-    n_parts = -(-batch * seq * model.config.vocab_size // _LOGITS)
+    n_logits = -(-batch // n_row_groups(model)) * seq * model.config.vocab_size
+    n_parts = -(-n_logits // _LOGITS)
     if n_parts == 1:
         return entropies(hidden, targets)
     padding = -seq % n_parts
@@ -217,7 +219,7 @@ def train_step(
 
     def loss_of_part(weights: Model, part: Batch | Labelled) -> Float32[Array, ""]:
         model = eqx.tree_at(lambda s: s.weights, state, weights).model(frozen)
-        model = _recomputed(model) if recompute else model
+        model = _together(model, recompute)
         total, _, uneven = summed_loss(model, part, balance=0.02)
         return total / n_all + uneven / parts
 
@@ -239,30 +241,19 @@ def train_step(
     return TrainState(weights, optimizer_state, state.step + 1, state.dtype), outcome
 
 
-class _Recomputed(eqx.Module):
-    """A block whose insides are computed again in the backward pass."""
-
-    block: eqx.Module
-
-    def __call__(self, *args):
-        return eqx.filter_checkpoint(self.block)(*args)
-
-    def attend(self, *args):
-        return eqx.filter_checkpoint(self.block.attend)(*args)
-
-    def router_logits(self, x):
-        return eqx.filter_checkpoint(self.block.router_logits)(x)
-
-    def feed(self, x):
-        return eqx.filter_checkpoint(self.block.feed)(x)
-
-
-def _recomputed(model: Model) -> Model:
+def _together(model: Model, recompute: bool) -> Model:
+    """The model as it is trained: weights along `fsdp` come together block by block, and
+    with `recompute` each block's insides are computed again in the backward pass."""
     if isinstance(model, Classifier):
-        return eqx.tree_at(lambda c: c.model, model, _recomputed(model.model))
+        inner = _together(model.model, recompute)
+        return eqx.tree_at(lambda c: c.model, model, inner)
+    model = gathered(model)
+    if not recompute:
+        return model
     # The layers of a pipelined model are in stages.
     blocks = lambda m: m.layers if isinstance(m.layers, tuple) else m.layers.blocks
-    return eqx.tree_at(blocks, model, tuple(map(_Recomputed, blocks(model))))
+    again = tuple(Within(block, eqx.filter_checkpoint) for block in blocks(model))
+    return eqx.tree_at(blocks, model, again)
 
 
 @eqx.filter_jit
@@ -270,4 +261,5 @@ def evaluate(
     frozen: Model, state: TrainState, batch: Batch | Labelled
 ) -> tuple[Float32[Array, ""], Int[Array, ""]]:
     """The sum of the losses of a batch's tokens, and how many there are."""
-    return summed_loss(state.model(frozen), batch)[:2]
+    model = _together(state.model(frozen), recompute=False)
+    return summed_loss(model, batch)[:2]

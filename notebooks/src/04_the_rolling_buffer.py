@@ -646,7 +646,7 @@ truth = np.asarray(uncached(package, jnp.asarray(tokens)))[-1]
 rows, seconds, rings = [], [], []
 for chunk in chunks:
     cache, logits = mx.prefill(package, [tokens], chunk=chunk)
-    pieces = mx.cache.chunk_sizes(0, 256, chunk=chunk, slots=cache.slots)
+    pieces = mx.prompts.chunk_sizes(0, 256, chunk=chunk, slots=cache.slots)
     timed = nb.timeit(lambda: mx.prefill(package, [tokens], chunk=chunk), repeats=5)
     gap = float(np.abs(logits[0] - truth).max())
     empty = nb04.new_cache(package, chunk=chunk)

@@ -360,7 +360,7 @@ nb.say(
 # CPU.
 
 # %%
-nb.show_source(mx.cache.chunk_sizes)
+nb.show_source(mx.prompts.chunk_sizes)
 
 # %%
 chunk = nb.knob(16, of=(8, 16))
@@ -371,7 +371,7 @@ read, calls_made = jax.jit(run), 0
 for n in lengths:
     cache = mx.Cache(small, jnp.int32(0), chunk=chunk, max_length=256, dtype=jnp.float32)
     start = 0
-    for size in mx.cache.chunk_sizes(0, n, chunk=chunk, slots=cache.slots):
+    for size in mx.prompts.chunk_sizes(0, n, chunk=chunk, slots=cache.slots):
         logits, cache = read(model, jnp.asarray(tokens[start : start + size]), cache)
         start, calls_made = start + size, calls_made + 1
 

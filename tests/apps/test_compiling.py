@@ -130,6 +130,26 @@ def test_other_meshes(mesh):
     assert programs[2].aliased >= 0.9 * 3 * 4 * weights / n
 
 
+@trains
+def test_a_device_learns_from_its_own_rows(monkeypatch):
+    """Along `fsdp` weights are gathered: no device multiplies the rows of others. Left to
+    itself, XLA has every device make its part of all rows."""
+    texts, read = [], compiling.read_program
+    keep = lambda program, *rest: (texts.append(program.as_text()), read(program, *rest))[1]
+    monkeypatch.setattr(compiling, "read_program", keep)
+    compiled(mesh={"fsdp": 4}, batch=4, context=24, train=True)
+    rows = lambda n: rf"\[(?:{n},24|{n * 24}),{CONFIG.hidden_dim}\]"
+    assert re.search(rows(1), texts[-1]) and not re.search(rows(4), texts[-1])
+
+
+def test_long_tuples_are_read():
+    """XLA numbers every fifth part of a tuple in a comment."""
+    parts = "f32[8]{0}, f32[9]{0}, f32[8]{0}, f32[8]{0}, f32[8]{0}, /*index=5*/f32[4]{0}"
+    line = f"  %all-reduce.1 = ({parts}) all-reduce(%a, %b), to_apply=%add"
+    (found,) = programs._instructions(f"ENTRY %main (p: f32[8]) -> f32[8] {{\n{line}\n}}")
+    assert found[3] == "all-reduce"
+
+
 KEY = jax.random.key(0)
 
 

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
-from models import close, random_model
+from models import close, random_model, random_tokens
 
 from mistral_eqx import attention
+from mistral_eqx.cache import LayerCache
+from mistral_eqx.decoding import prefill
 from mistral_eqx.devices.sharding import shard
 from mistral_eqx.kernels import cuda, tpu
 from mistral_eqx.kernels.replaced import made_for, plain
@@ -118,21 +120,100 @@ def test_heads_that_a_kernel_does_not_know(platform):
     np.testing.assert_array_equal(found, by_definition(*narrow, band))
 
 
+# Tokens of a chunk, slots, the window, how many were written, and the pads of two rows.
+RINGS = {
+    "the first chunk": (128, 384, None, 128, [0, 100]),
+    "several blocks": (256, 1024, None, 640, [0, 300]),
+    "a full ring": (128, 384, None, 384, [5, 0]),
+    "a window before it goes round": (128, 384, 200, 256, [0, 20]),
+    "a window that goes round": (128, 384, 200, 896, [0, 700]),
+    "a narrow window": (128, 640, 50, 1408, [0, 1300]),
+    "the widest window that fits": (128, 384, 257, 768, [0, 640]),
+    "a window and room for everything": (128, 384, 300, 384, [0, 250]),
+    "only pads": (128, 256, 100, 384, [0, 1 << 30]),
+}
+
+
+def a_ring(case, dtype=jnp.float32):
+    seq, slots, window, written, pads = RINGS[case]
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=(2, *shape, 128)), dtype)
+    layer, length = LayerCache(normal(2, slots), normal(2, slots)), jnp.int32(written)
+    padding = jnp.asarray(pads, jnp.int32)[:, None]
+    positions = jnp.arange(written - seq, written, dtype=jnp.int32)[None] - padding
+    held = layer.indices(length)[None] - padding
+    band = attention.Band(None, window)
+    return normal(seq, 4), layer.keys, layer.values, positions, held, band, length
+
+
+@pytest.mark.parametrize("case", RINGS)
+def test_a_chunk_attends_to_its_ring(case):
+    """Each token that is no pad. What comes of pads nobody asks for, if it is finite."""
+    arguments = a_ring(case)
+    run = jax.jit(functools.partial(tpu.attend_ring, interpret=True))
+    found, real = run(*arguments), (arguments[3] >= 0)[..., None, None]
+    assert jnp.all(jnp.isfinite(found))
+    expected = jax.jit(attention.attend_ring.batched)(*arguments)
+    close(jnp.where(real, found, 0), jnp.where(real, expected, 0), 2e-5)
+
+
+@pytest.mark.parametrize(
+    "case", ["the first chunk", "a narrow window", "a window before it goes round"]
+)
+def test_blocks_that_nobody_sees_are_not_read(case):
+    queries, keys, values, positions, held, band, length = a_ring(case)
+    seen = attention.visible(positions, held, band.window).any(axis=(0, 1))
+    block = next(n for n in (512, 256, 128) if len(seen) % n == 0)
+    unseen = ~jnp.repeat(seen.reshape(-1, block).any(axis=1), block)
+    assert unseen.any()
+    spoilt = jnp.where(unseen[:, None], jnp.nan, values)
+    run = jax.jit(functools.partial(tpu.attend_ring, interpret=True))
+    rest = (positions, held, band, length)
+    np.testing.assert_array_equal(
+        run(queries, keys, spoilt, *rest), run(queries, keys, values, *rest)
+    )
+
+
+@pytest.mark.parametrize(
+    "seq, slots, head_dim", [(1, 384, 128), (128, 200, 128), (128, 384, 64)]
+)
+def test_chunks_that_the_kernel_does_not_know(seq, slots, head_dim):
+    """A single token, a ring of another length and narrower heads: in blocks."""
+    queries, keys, values, positions, held, band, length = a_ring("the first chunk")
+    cut = lambda x: x[..., :head_dim]
+    ring = lambda x: cut(x)[:, :, :slots]
+    arguments = (
+        cut(queries)[:, :seq],
+        ring(keys),
+        ring(values),
+        positions[:, :seq],
+        held[:, :slots],
+        band,
+        length,
+    )
+    found = jax.jit(tpu.attend_ring)(*arguments)
+    close(found, jax.jit(attention.attend_ring.batched)(*arguments), 2e-5)
+
+
 @pytest.fixture
 def interpreted(monkeypatch):
-    """Programs are made as for a TPU, with its kernel interpreted. Gives how often the
-    kernel was traced."""
-    function, traced = attention.attend_sequence, []
+    """Programs are made as for a TPU, with its kernel interpreted. Gives the shapes of the
+    queries for which the kernel was traced."""
+    traced = []
 
-    def kernel(*arguments):
-        traced.append(arguments[0].shape)
-        return KERNELS["tpu"](*arguments)
+    def interpret(function, on_tpu):
+        def kernel(*arguments):
+            traced.append(arguments[0].shape)
+            return on_tpu(*arguments, interpret=True)
 
-    monkeypatch.setitem(function.others, "cpu", kernel)
-    function.derived.add("cpu")
+        monkeypatch.setitem(function.others, "cpu", kernel)
+
+    interpret(attention.attend_sequence, tpu.attend_sequence)
+    interpret(attention.attend_ring, tpu.attend_ring)
+    attention.attend_sequence.derived.add("cpu")
     with made_for("tpu"):
         yield traced
-    function.derived.discard("cpu")
+    attention.attend_sequence.derived.discard("cpu")
 
 
 def loss(model, tokens, segments):
@@ -162,6 +243,25 @@ def test_training_goes_through_the_kernel(interpreted):
         leaves = zip(*map(jax.tree.leaves, (got, expected)), strict=True)
         for ours, theirs in leaves:
             close(ours, theirs, 1e-4)
+
+
+def test_a_prompt_goes_through_the_kernel(interpreted):
+    """A chunk at a time, round a ring and behind pads, and on a mesh each device with its
+    own rows and heads. Two devices share each kv head."""
+    sizes = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 128}
+    model = random_model(**sizes, sliding_window=100, vocab_size=64)
+    prompts = [random_tokens(384 - cut, seed=cut) for cut in (0, 200, 9, 1)]
+    prompts = [[int(i) % 64 for i in prompt] for prompt in prompts]
+    _, found = prefill(model, prompts, chunk=128)
+    assert (4, 128, 4, 128) in interpreted
+    interpreted.clear()
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    _, spread = prefill(shard(model, mesh), prompts, chunk=128)
+    assert (2, 128, 1, 128) in interpreted
+    with plain():
+        _, expected = prefill(model, prompts, chunk=128)
+    close(found, expected, 1e-4)
+    close(spread, expected, 1e-4)
 
 
 def test_derivatives_forwards_where_no_accelerator_is():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from models import cast, random_model
 
-from mistral_eqx.attention import attend, attend_ring
+from mistral_eqx.attention import Band, attend, attend_ring
 from mistral_eqx.decoding import DecodeState, decode, prefill
 from mistral_eqx.kernels import cpu
 from mistral_eqx.kernels.replaced import plain
@@ -91,7 +91,10 @@ def test_attention_reads_what_is_written(slots):
         held = jnp.arange(slots) < written
         mask = jnp.broadcast_to(held, (3, slots))
         unwritten = jnp.where(held[None, :, None], 0, 1e9)
-        out = first(queries, keys + unwritten, values, mask, jnp.int32(written))
+        # The three tokens stand behind all that was written.
+        there = jnp.full(3, slots, jnp.int32), jnp.where(held, 0, -1).astype(jnp.int32)
+        band, length = Band(None, None), jnp.int32(written)
+        out = first(queries, keys + unwritten, values, *there, band, length)
         np.testing.assert_allclose(out, attend(queries, keys, values, mask), atol=1e-6)
 
 
@@ -101,9 +104,11 @@ def test_one_token_attends_as_any(batch):
         normal(i, (batch, *shape))
         for i, shape in enumerate([(1, 6, 64), (2, 100, 64), (2, 100, 64)])
     )
-    mask = jnp.arange(100)[None, None] < jnp.arange(70, 70 + batch)[:, None, None]
-    batched = jax.vmap(attend_ring, (0, 0, 0, 0, None))
-    attend_to = lambda q, k: batched(q, k, values, mask, jnp.int32(80))
+    last = jnp.arange(69, 69 + batch, dtype=jnp.int32)[:, None]
+    slots = jnp.broadcast_to(jnp.arange(100, dtype=jnp.int32), (batch, 100))
+    batched = jax.vmap(attend_ring, (0, 0, 0, 0, 0, None, None))
+    band, length = Band(None, None), jnp.int32(80)
+    attend_to = lambda q, k: batched(q, k, values, last, slots, band, length)
     square = lambda q, k: jnp.sum(attend_to(q, k) ** 2)
 
     def run():

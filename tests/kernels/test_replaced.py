@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mistral_eqx import attention
+from mistral_eqx.cache import LayerCache
 from mistral_eqx.kernels import rings
 from mistral_eqx.kernels.quantized import SCHEMES, quantized
 from mistral_eqx.kernels.replaced import REPLACEABLE, plain, replaceable, replaces
@@ -45,15 +46,20 @@ def of_score(rng, dtype):
 
 def of_attend_ring(rng, dtype):
     for seq, slots, head_dim in (1, 40, 64), (1, 600, 64), (5, 600, 8), (5, 128, 64):
-        for written in {seq, slots // 2, slots // 2 + 1, slots}:
-            seen = jnp.arange(slots)[None] < written - jnp.arange(seq)[::-1, None]
-            ring = (2, slots, head_dim)
+        for written in {seq, slots // 2, slots // 2 + 1, slots, 3 * slots + seq}:
+            # Once around, most of a row is pads.
+            around = written > slots
+            window, padding = (slots // 2, written - slots // 3) if around else (None, 0)
+            ring = lambda: normal(rng, 2, slots, head_dim, dtype=dtype)
+            layer, length = LayerCache(ring(), ring()), jnp.int32(written)
             yield (
                 normal(rng, seq, 6, head_dim, dtype=dtype),
-                normal(rng, *ring, dtype=dtype),
-                normal(rng, *ring, dtype=dtype),
-                seen,
-                jnp.int32(written),
+                layer.keys,
+                layer.values,
+                jnp.arange(written - seq, written, dtype=jnp.int32) - padding,
+                layer.indices(length) - padding,
+                attention.Band(None, window),
+                length,
             )
 
 
@@ -130,7 +136,7 @@ def test_a_batch_is_its_rows(name, dtype):
         "turn": [1],
         "mix": [0],
         "quantized_product": [1, 2],
-        "attend_ring": [4],
+        "attend_ring": [5, 6],
     }.get(name, [])
     axes = tuple(None if i in shared else 0 for i in range(len(args)))
     stack = lambda arg: jax.tree.map(lambda leaf: jnp.stack([leaf, leaf[::-1]]), arg)
@@ -152,14 +158,13 @@ def test_a_ring_in_blocks(dtype, block, monkeypatch):
     monkeypatch.setattr(rings, "BLOCKS", (block,))
     rng, n = np.random.default_rng(2), 0
     run = jax.jit(lambda *arguments: rings.attend_blocks(*arguments))
-    expect = jax.jit(jax.vmap(attention.attend))
-    for queries, keys, values, seen, written in of_attend_ring(rng, dtype):
-        few = rng.random(seen.shape) < 0.1
-        few[:, 0] = True
-        for mask in (seen, seen & few):
-            rows = [x[None] for x in (queries, keys, values, jnp.asarray(mask))]
-            assert_same(run(*rows, written), expect(*rows), dtype)
-            n += keys.shape[1] % block == 0
+    expect = jax.jit(attention.attend_ring.batched)
+    for *arrays, band, written in of_attend_ring(rng, dtype):
+        for window in (band.window, 3):
+            rows = [x[None] for x in arrays]
+            arguments = (*rows, attention.Band(None, window), written)
+            assert_same(run(*arguments), expect(*arguments), dtype)
+            n += arrays[1].shape[1] % block == 0
     assert n > 4
 
 
@@ -167,8 +172,10 @@ def test_unwritten_blocks_are_not_read(monkeypatch):
     monkeypatch.setattr(rings, "BLOCKS", (16,))
     queries, ring = jnp.ones((1, 1, 2, 8)), jnp.full((1, 1, 64, 8), jnp.nan)
     ring = ring.at[:, :, :20].set(1.0).at[:, :, 20:32].set(0.0)
-    mask = jnp.arange(64)[None, None] < 20
-    out = rings.attend_blocks(queries, ring, ring, mask, jnp.int32(20))
+    slots, last = jnp.arange(64, dtype=jnp.int32), jnp.full((1, 1), 19, jnp.int32)
+    there = last, jnp.where(slots < 20, slots, -1)[None]
+    band = attention.Band(None, None)
+    out = rings.attend_blocks(queries, ring, ring, *there, band, jnp.int32(20))
     np.testing.assert_allclose(out, jnp.ones((1, 1, 2, 8)), rtol=1e-6)
 
 
