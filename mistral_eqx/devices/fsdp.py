@@ -17,8 +17,8 @@ from .sharding import shardings
 
 
 class Within(eqx.Module):
-    """A block that does all it does within something: `around` is given a function of it,
-    with the block's arrays inside, and returns one of the same arguments."""
+    """A block, each of whose functions goes through `around` before it is called. `around`
+    gets it with the block's arrays inside."""
 
     block: eqx.Module
     around: Callable[[Callable], Callable] = eqx.field(static=True)

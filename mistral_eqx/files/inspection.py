@@ -179,7 +179,7 @@ def reckon(
     complete = places.norm.weight.mesh
     n_groups = row_groups(complete)
     rows = -(-batch // n_groups) * n_groups
-    chip, n_devices = chip or chip_here(), math.prod(mesh.values())
+    chip = chip or chip_here()
     rows_here = rows // n_groups
     chunk = default_chunk(config, chip, rows=rows_here)
     cache = cache_skeleton(model, rows=rows, context=context, chunk=chunk, dtype=dtype)
