@@ -245,8 +245,10 @@ def _run(ways: Mapping[str, Callable], args: Sequence[PyTree]) -> PyTree:
 
 
 def _where_it_runs(ways: Mapping[str, Callable], args: Sequence[PyTree]) -> PyTree:
-    here = {name: way for name, way in ways.items() if name in ("cpu", _target())}
-    default = ways.get("any", ways["plain"])
+    target, default = _target(), ways.get("any", ways["plain"])
+    if target == "cpu":  # no other is here, and none need be traced
+        return ways.get("cpu", default)(*args)
+    here = {name: way for name, way in ways.items() if name in ("cpu", target)}
     return jax.lax.platform_dependent(*args, **here, default=default)
 
 
