@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int32
 
 from .. import attention
 from ..kernels.replaced import replaces
+from ..kernels.rings import attend_blocks
 from .mesh import MODEL, mesh_of_array, on_each_device, rows_spec
 
 
@@ -47,8 +48,8 @@ def attend_ring_where_heads_are(
     """[`mistral_eqx.attention.attend_ring`][]."""
     arguments = (queries, keys, values, positions, key_positions, band, length)
     mesh = mesh_of_array(queries)
-    if mesh is None:
-        return attention.attend_ring.batched(*arguments)
+    if mesh is None:  # a mesh of another's making, which the compiler divides
+        return attend_blocks(*arguments)
     rows = rows_spec(queries.shape[0], mesh)
     query_heads, ring = PartitionSpec(*rows, None, MODEL), PartitionSpec(*rows, "model")
     run = on_each_device(

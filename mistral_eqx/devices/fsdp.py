@@ -59,9 +59,9 @@ def _gather(tree: PyTree, *, places: Sequence[NamedSharding]) -> PyTree:
 
 
 def _whole(leaf: Array, place: NamedSharding) -> Array:
+    """An array that lies at `place`, whole along `fsdp`. Its gradient lies there again."""
     spec = (None if axes == "fsdp" else axes for axes in place.spec)
     whole = NamedSharding(place.mesh, PartitionSpec(*spec))
-
     if not eqx.is_inexact_array(leaf):
         return jax.lax.with_sharding_constraint(leaf, whole)
 

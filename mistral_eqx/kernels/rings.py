@@ -1,4 +1,4 @@
-"""Attention to a ring in blocks of slots, for accelerators.
+"""Attention to a ring in blocks of slots, for accelerators and for meshes of others.
 
 Slots that are not written yet are not read, and scores exist for one block at a time: a
 chunk of a prompt needs no more memory for a long ring than for a short one. The softmax is

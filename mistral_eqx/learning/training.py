@@ -219,7 +219,7 @@ def train_step(
 
     def loss_of_part(weights: Model, part: Batch | Labelled) -> Float32[Array, ""]:
         model = eqx.tree_at(lambda s: s.weights, state, weights).model(frozen)
-        model = _together(model, recompute)
+        model = _as_trained(model, recompute)
         total, _, uneven = summed_loss(model, part, balance=0.02)
         return total / n_all + uneven / parts
 
@@ -241,11 +241,11 @@ def train_step(
     return TrainState(weights, optimizer_state, state.step + 1, state.dtype), outcome
 
 
-def _together(model: Model, recompute: bool) -> Model:
+def _as_trained(model: Model, recompute: bool) -> Model:
     """The model as it is trained: weights along `fsdp` come together block by block, and
     with `recompute` each block's insides are computed again in the backward pass."""
     if isinstance(model, Classifier):
-        inner = _together(model.model, recompute)
+        inner = _as_trained(model.model, recompute)
         return eqx.tree_at(lambda c: c.model, model, inner)
     model = gathered(model)
     if not recompute:
@@ -261,5 +261,5 @@ def evaluate(
     frozen: Model, state: TrainState, batch: Batch | Labelled
 ) -> tuple[Float32[Array, ""], Int[Array, ""]]:
     """The sum of the losses of a batch's tokens, and how many there are."""
-    model = _together(state.model(frozen), recompute=False)
+    model = _as_trained(state.model(frozen), recompute=False)
     return summed_loss(model, batch)[:2]

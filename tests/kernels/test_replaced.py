@@ -179,6 +179,20 @@ def test_unwritten_blocks_are_not_read(monkeypatch):
     np.testing.assert_allclose(out, jnp.ones((1, 1, 2, 8)), rtol=1e-6)
 
 
+def test_a_ring_on_a_mesh_that_is_not_ours(monkeypatch):
+    monkeypatch.setattr(rings, "BLOCKS", (40,))
+    rng = np.random.default_rng(3)
+    *arrays, band, length = list(of_attend_ring(rng, jnp.float32))[8]
+    assert arrays[1].shape[1] == 600
+    rows = [jnp.stack([x, x]) for x in arrays]
+    expected = jax.jit(attention.attend_ring.batched)(*rows, band, length)
+    mesh = jax.make_mesh((2,), ("mine",), axis_types=(jax.sharding.AxisType.Auto,))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("mine"))
+    run = jax.jit(jax.vmap(attention.attend_ring, (0, 0, 0, 0, 0, None, None)))
+    found = run(*jax.device_put(rows, place), band, length)
+    assert_same(found, expected, jnp.float32)
+
+
 def test_the_mechanism():
     """A batch comes in one call, also through two `vmap`s; derivatives are the plain ones;
     arrays on a mesh take their own way; nothing happens while all is plain."""
