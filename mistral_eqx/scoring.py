@@ -19,6 +19,7 @@ from .prompts import (
     checked_alternatives,
     checked_chunk,
     checked_prompts,
+    chunk_sizes,
     next_power_of_two,
 )
 from .transformer import Transformer
