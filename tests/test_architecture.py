@@ -1,6 +1,7 @@
 """The package's imports go strictly downwards, one floor at a time (and never to torch)."""
 
 import ast
+import builtins
 from pathlib import Path
 
 import pytest
@@ -179,3 +180,22 @@ def test_torch_is_not_imported_with_the_package():
 def test_one_file_port_stands_alone():
     _, other = imports(PACKAGE.parent / "one_file_ref.py")
     assert "mistral_eqx" not in other
+
+
+def test_every_name_is_known():
+    """The linter cannot tell: to it, the axes in jaxtyping's annotations are names."""
+    for module, path in FILES.items():
+        used, known = set(), {*dir(builtins), "__file__"}
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Name(id=name, ctx=ast.Load()):
+                    used.add(name)
+                case ast.Name(id=name) | ast.arg(arg=name) | ast.ExceptHandler(name=name):
+                    known.add(name)
+                case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                    known.add(name)
+                case ast.Import(names=names) | ast.ImportFrom(names=names):
+                    known |= {(a.asname or a.name).split(".")[0] for a in names}
+                case ast.MatchAs(name=name) | ast.MatchStar(name=name):
+                    known.add(name)
+        assert used <= known, (module, used - known)
