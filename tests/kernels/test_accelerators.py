@@ -250,8 +250,7 @@ def test_a_prompt_goes_through_the_kernel(interpreted):
     own rows and heads. Two devices share each kv head."""
     sizes = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 128}
     model = random_model(**sizes, sliding_window=100, vocab_size=64)
-    prompts = [random_tokens(384 - cut, seed=cut) for cut in (0, 200, 9, 1)]
-    prompts = [[int(i) % 64 for i in prompt] for prompt in prompts]
+    prompts = [random_tokens(384 - cut, 64, seed=cut) for cut in (0, 200, 9, 1)]
     _, found = prefill(model, prompts, chunk=128)
     assert (4, 128, 4, 128) in interpreted
     interpreted.clear()
