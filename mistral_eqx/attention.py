@@ -20,8 +20,7 @@ class Band(eqx.Module):
 
     **Attributes:**
 
-    - `segments`: the number of the text of each token, if there are several. The tokens of
-        a text stand together.
+    - `segments`: the number of each token's text, if there are several in a row.
     - `window`: how many tokens one sees, itself included; `None` for all before it.
     """
 
@@ -43,6 +42,19 @@ def visible(
     distance = query_positions[..., :, None] - key_positions[..., None, :]
     seen = (distance >= 0) & (key_positions[..., None, :] >= 0)
     return seen if window is None else seen & (distance < window)
+
+
+class RingView(eqx.Module):
+    """What a chunk sees of a ring: the positions of its tokens, the positions of what the
+    slots hold (below zero where that is nothing), and the window, as in [`Band`][]."""
+
+    positions: Int32[Array, "*batch seq"]
+    held: Int32[Array, "*batch slots"]
+    window: int | None = eqx.field(static=True)
+
+    @property
+    def mask(self) -> Bool[Array, "*batch seq slots"]:
+        return visible(self.positions, self.held, self.window)
 
 
 @replaceable()
@@ -87,15 +99,12 @@ def attend_ring(
     queries: Float[Array, "seq heads head_dim"],
     keys: Float[Array, "kv_heads slots head_dim"],
     values: Float[Array, "kv_heads slots head_dim"],
-    positions: Int32[Array, "seq"],
-    key_positions: Int32[Array, "slots"],
-    band: Band,
+    view: RingView,
     length: Int32[Array, ""],
 ) -> Float[Array, "seq heads head_dim"]:
     """Attention of a chunk to the ring of a cache, into which it was written. Slots from
     `length` on are not written yet."""
-    mask = visible(positions, key_positions, band.window)
-    return attend(queries, keys, values, mask)
+    return attend(queries, keys, values, view.mask)
 
 
 @replaceable()
@@ -181,16 +190,15 @@ class Attention(eqx.Module):
         # Keys are rotated before they are stored, so their order in the ring is free.
         queries = rotate(queries, places.cos, places.sin)
         keys = rotate(keys, places.cos, places.sin)
-        positions, length = places.positions, places.length
         if self.scaling is not None:
-            scale = query_scale(positions, self.scaling).astype(queries.dtype)
+            scale = query_scale(places.positions, self.scaling).astype(queries.dtype)
             queries = queries * scale[:, None, None]
-        band = Band(places.segments, self.window)
         if cache is None:
+            band = Band(places.segments, self.window)
             out = attend_sequence(queries, keys, values, band)
         else:
-            cache = cache.write(keys, values, length)
-            length, padding = length + seq, length - positions[0]
-            ring, held = (cache.keys, cache.values), cache.indices(length) - padding
-            out = attend_ring(queries, *ring, positions, held, band, length)
+            cache = cache.write(keys, values, places.length)
+            length, padding = places.length + seq, places.length - places.positions[0]
+            view = RingView(places.positions, cache.indices(length) - padding, self.window)
+            out = attend_ring(queries, cache.keys, cache.values, view, length)
         return self.wo(out.reshape(seq, self.n_heads * self.head_dim)), cache

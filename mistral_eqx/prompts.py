@@ -11,7 +11,7 @@ from .cache import Cache
 from .config import ModelConfig
 from .devices.chips import Chip, chip_here
 from .devices.processes import to_host
-from .devices.sharding import n_row_groups
+from .devices.sharding import rows_here
 from .transformer import Transformer
 
 
@@ -46,7 +46,7 @@ def checked_chunk(chunk: int | None, model: Transformer, n_prompts: int) -> int:
     """The chunk that was asked for, or the default. Raises `TypeError` for what is no
     number, `ValueError` below 1."""
     if chunk is None:
-        return default_chunk(model.config, rows=-(-n_prompts // n_row_groups(model)))
+        return default_chunk(model.config, rows=rows_here(n_prompts, model))
     return arguments.integer("chunk", chunk, least=1, most=2**20)
 
 

@@ -55,7 +55,7 @@ FLOORS = {
     "kernels.cpu": 4,
     "kernels.rings": 4,
     "kernels.tpu": 5,
-    "kernels.cuda": 4,
+    "kernels.cuda": 5,
     "devices.attention": 5,
     "kernels.quantized": 5,
     "kernels.experts": 8,

@@ -16,11 +16,11 @@ from jaxtyping import PyTree
 from ..config import ModelConfig
 from ..decoding import DecodeState, decode, prefill_chunk
 from ..devices.chips import chip_named, described_devices
-from ..devices.mesh import row_groups
 from ..devices.programs import Program, read_program
 from ..devices.sharding import (
     cache_shardings,
     row_shardings,
+    rows_here,
     shardings,
     whole_sharding,
 )
@@ -71,7 +71,7 @@ def compile_programs(
     if quantize is not None:
         held = eqx.filter_eval_shape(quantized.quantize, whole, quantize)
     place = _Places(mesh, devices[:n], held)
-    chunk = default_chunk(config, info, rows=place.rows_here(batch))
+    chunk = default_chunk(config, info, rows=rows_here(batch, place.model))
 
     def make_state(model, cache):
         logits = jnp.zeros((batch, config.vocab_size), jnp.float32)
@@ -166,10 +166,6 @@ class _Places:
         self._places = shardings(model, mesh)
         self._mesh = self._places.norm.weight.mesh
         self.model = _put(model, self._places)
-
-    def rows_here(self, batch: int) -> int:
-        """How many rows of a batch a device has."""
-        return -(-batch // (1 if self._mesh is None else row_groups(self._mesh)))
 
     def like_model(self, tree: PyTree) -> PyTree:
         if self._mesh is None:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from ..devices.sharding import n_row_groups, settled
+from ..devices.sharding import rows_here, settled
 from ..files.adapted import load_adapter, save_adapter
 from ..files.adapter_export import MISTRAL, PEFT
 from ..files.atomic import locked
@@ -355,7 +355,7 @@ def _tell(model: eqx.Module, data: Any, steps: int, options: argparse.Namespace)
     )
     work = step_bytes(
         model.config,
-        rows=-(-options.batch_size // (options.parts * n_row_groups(model))),
+        rows=rows_here(options.batch_size // options.parts, model),
         seq_len=data.seq_len,
         dtype=model.dtype,
         # XLA for a CPU keeps what need not be kept.

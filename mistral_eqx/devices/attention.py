@@ -40,13 +40,11 @@ def attend_ring_where_heads_are(
     queries: Float[Array, "batch seq heads head_dim"],
     keys: Float[Array, "batch kv_heads slots head_dim"],
     values: Float[Array, "batch kv_heads slots head_dim"],
-    positions: Int32[Array, "batch seq"],
-    key_positions: Int32[Array, "batch slots"],
-    band: attention.Band,
+    view: attention.RingView,
     length: Int32[Array, ""],
 ) -> Float[Array, "batch seq heads head_dim"]:
     """[`mistral_eqx.attention.attend_ring`][]."""
-    arguments = (queries, keys, values, positions, key_positions, band, length)
+    arguments = (queries, keys, values, view, length)
     mesh = mesh_of_array(queries)
     if mesh is None:  # a mesh of another's making, which the compiler divides
         return attend_blocks(*arguments)
@@ -55,7 +53,7 @@ def attend_ring_where_heads_are(
     run = on_each_device(
         attention.attend_ring.on_one_device,
         mesh,
-        in_specs=(query_heads, ring, ring, rows, rows, rows, PartitionSpec()),
+        in_specs=(query_heads, ring, ring, rows, PartitionSpec()),
         out_specs=query_heads,
     )
     return run(*arguments)

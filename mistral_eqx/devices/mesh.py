@@ -103,7 +103,7 @@ def mesh_of(model: eqx.Module) -> Mesh | AbstractMesh | None:
     return mesh_of_array(model.norm.weight)
 
 
-def mesh_of_array(array: Array) -> Mesh | AbstractMesh | None:
+def mesh_of_array(array: Array | jax.ShapeDtypeStruct) -> Mesh | AbstractMesh | None:
     traced = isinstance(array, jax.core.Tracer)
     sharding = jax.typeof(array).sharding if traced else array.sharding
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None

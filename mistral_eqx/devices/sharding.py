@@ -115,6 +115,11 @@ def settled(model: eqx.Module) -> eqx.Module:
     return jax.device_put(model, shardings(model, mesh))
 
 
+def rows_here(n_rows: int, model: eqx.Module) -> int:
+    """How many rows of a batch a device has, at most."""
+    return -(-n_rows // n_row_groups(model))
+
+
 def n_row_groups(model: eqx.Module) -> int:
     """How many parts a batch is spread in: the devices along `data` and `fsdp`."""
     mesh = mesh_of(model)

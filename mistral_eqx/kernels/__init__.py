@@ -7,8 +7,8 @@ where XLA needs help.
 |---|---|
 | `replaced.py` | the mechanism: `replaceable` functions, and what `replaces` them |
 | `cpu.py` | products and attention in the loops that XLA runs fast on a CPU |
-| `tpu.py` | attention of whole sequences on a TPU, by splash attention |
-| `cuda.py` | attention of whole sequences on an NVIDIA GPU, by cuDNN |
+| `tpu.py` | attention on a TPU, by splash attention |
+| `cuda.py` | attention on an NVIDIA GPU, by cuDNN |
 | `quantized.py` | weights in eight or four bits, and products with them |
 | `dtypes.py` | the best dtype for weights and cache where nobody asks for one |
 | `rings.py` | attention to a ring in blocks, for accelerators and meshes |

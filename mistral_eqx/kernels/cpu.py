@@ -101,9 +101,7 @@ def attend_ring(
     queries: Float[Array, "batch seq heads head_dim"],
     keys: Float[Array, "batch kv_heads slots head_dim"],
     values: Float[Array, "batch kv_heads slots head_dim"],
-    positions: Int32[Array, "batch seq"],
-    key_positions: Int32[Array, "batch slots"],
-    band: attention.Band,
+    view: attention.RingView,
     length: Int32[Array, ""],
 ) -> Float[Array, "batch seq heads head_dim"]:
     """[`mistral_eqx.attention.attend_ring`][], on the smallest half, quarter, ... of the
@@ -112,7 +110,7 @@ def attend_ring(
 
     A chunk attends in its own dtype, even if the cache's is wider: products of many rows
     are faster in the narrower dtype, and converting the ring is cheap beside them."""
-    mask, slots = attention.visible(positions, key_positions, band.window), keys.shape[2]
+    mask, slots = view.mask, keys.shape[2]
     dtype = keys.dtype if queries.shape[1] == 1 else queries.dtype
     sizes = [slots]
     while sizes[-1] >= 128:

@@ -25,9 +25,7 @@ def attend_blocks(
     queries: Float[Array, "batch seq heads head_dim"],
     keys: Float[Array, "batch kv_heads slots head_dim"],
     values: Float[Array, "batch kv_heads slots head_dim"],
-    positions: Int32[Array, "batch seq"],
-    key_positions: Int32[Array, "batch slots"],
-    band: attention.Band,
+    view: attention.RingView,
     length: Int32[Array, ""],
 ) -> Float[Array, "batch seq heads head_dim"]:
     """[`mistral_eqx.attention.attend_ring`][]."""
@@ -35,7 +33,7 @@ def attend_blocks(
     _, kv_heads, slots, _ = keys.shape
     fitting = (size for size in BLOCKS if batch * heads * seq * size <= SCORES)
     block = next(fitting, BLOCKS[-1])
-    mask = attention.visible(positions, key_positions, band.window)
+    mask = view.mask
     if slots <= block or slots % block != 0:
         return jax.vmap(attention.attend)(queries, keys, values, mask)
     # Without this the compiler turns the rings of a batch around before it decodes a block

@@ -85,9 +85,7 @@ def attend_ring(
     queries: Float[Array, "batch seq heads head_dim"],
     keys: Float[Array, "batch kv_heads slots head_dim"],
     values: Float[Array, "batch kv_heads slots head_dim"],
-    positions: Int32[Array, "batch seq"],
-    key_positions: Int32[Array, "batch slots"],
-    band: attention.Band,
+    view: attention.RingView,
     length: Int32[Array, ""],
     interpret: bool = False,
 ) -> Float[Array, "batch seq heads head_dim"]:
@@ -103,13 +101,11 @@ def attend_ring(
     )
 
     (_, seq, _, head_dim), slots = queries.shape, keys.shape[2]
-    block = next((n for n in (BLOCK, 256, LANES) if slots % n == 0), None)
-    if block is None or seq % LANES != 0 or head_dim % LANES != 0:
-        return rings.attend_blocks(
-            queries, keys, values, positions, key_positions, band, length
-        )
-    rows = next(n for n in (BLOCK, 256, LANES) if seq % n == 0)
-    sees = _sees(seq, slots, band.window)
+    fitting = lambda size: next((n for n in (BLOCK, 256, LANES) if size % n == 0), None)
+    rows, block = fitting(seq), fitting(slots)
+    if rows is None or block is None or head_dim % LANES != 0:
+        return rings.attend_blocks(queries, keys, values, view, length)
+    sees = _sees(seq, slots, view.window)
     own = (length - seq) % slots + jnp.arange(seq, dtype=jnp.int32)
     seen = sees(own[:, None], jnp.arange(slots, dtype=jnp.int32)[None])
     seen = seen.reshape(seq // rows, rows, slots // block, block).any(axis=(1, 3))
@@ -135,16 +131,14 @@ def attend_ring(
         interpret=interpret,
     )
 
-    def row(queries, keys, values, key_positions):
-        real = splash.SegmentIds(
-            jnp.ones(seq, jnp.int32), (key_positions >= 0).astype(jnp.int32)
-        )
+    def row(queries, keys, values, held):
+        real = splash.SegmentIds(jnp.ones(seq, jnp.int32), (held >= 0).astype(jnp.int32))
         return kernel(queries, keys, values, segment_ids=real)
 
     # The kernel does not scale.
-    queries = (queries * head_dim**-0.5).astype(keys.dtype).transpose(0, 2, 1, 3)
-    out = jax.vmap(row)(queries, keys, values, key_positions)
-    return out.transpose(0, 2, 1, 3).astype(values.dtype)
+    scaled = (queries * head_dim**-0.5).astype(keys.dtype).transpose(0, 2, 1, 3)
+    out = jax.vmap(row)(scaled, keys, values, view.held)
+    return out.transpose(0, 2, 1, 3).astype(queries.dtype)
 
 
 @functools.cache  # the kernel is traced once for all layers that see as far

@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Float, Float32, Int
 
 from ..devices.fsdp import Within, gathered
-from ..devices.sharding import n_row_groups, replicate
+from ..devices.sharding import replicate, rows_here
 from ..heads.classifier import Classifier
 from ..transformer import Transformer
 from .batches import Batch, Labelled
@@ -78,7 +78,7 @@ def _entropies(
         return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
     batch, seq = targets.shape
-    n_logits = -(-batch // n_row_groups(model)) * seq * model.config.vocab_size
+    n_logits = rows_here(batch, model) * seq * model.config.vocab_size
     n_parts = -(-n_logits // _LOGITS)
     if n_parts == 1:
         return entropies(hidden, targets)

@@ -19,9 +19,15 @@ from mistral_eqx.kernels import cuda, tpu
 from mistral_eqx.kernels.replaced import made_for, plain
 
 
+MODULES = {"tpu": tpu, "cuda": cuda}
+HOW = {"tpu": {"interpret": True}, "cuda": {"implementation": "xla"}}
 KERNELS = {
-    "tpu": functools.partial(tpu.attend_sequence, interpret=True),
-    "cuda": functools.partial(cuda.attend_sequence, implementation="xla"),
+    platform: functools.partial(module.attend_sequence, **HOW[platform])
+    for platform, module in MODULES.items()
+}
+TO_RINGS = {
+    platform: functools.partial(module.attend_ring, **HOW[platform])
+    for platform, module in MODULES.items()
 }
 # Numbers of tokens, the window, and the lengths of the texts if there are several. Blocks
 # of the TPU's kernel have 128 tokens or 512.
@@ -110,10 +116,10 @@ def test_bfloat16_is_summed_in_float32(platform, promote):
     close(found, by_definition(queries, keys, values, band), 2e-2)
 
 
-@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("platform", MODULES)
 def test_heads_that_a_kernel_does_not_know(platform):
     """They are attended to as everywhere else."""
-    module = {"tpu": tpu, "cuda": cuda}[platform]
+    module = MODULES[platform]
     queries, keys, values, band = arguments("texts", jnp.float32)
     narrow = [x[..., :20] for x in (queries, keys, values)]
     found = jax.jit(module.attend_sequence)(*narrow, band)
@@ -142,77 +148,94 @@ def a_ring(case, dtype=jnp.float32):
     padding = jnp.asarray(pads, jnp.int32)[:, None]
     positions = jnp.arange(written - seq, written, dtype=jnp.int32)[None] - padding
     held = layer.indices(length)[None] - padding
-    band = attention.Band(None, window)
-    return normal(seq, 4), layer.keys, layer.values, positions, held, band, length
+    view = attention.RingView(positions, held, window)
+    return normal(seq, 4), layer.keys, layer.values, view, length
 
 
+@pytest.mark.parametrize("platform", TO_RINGS)
 @pytest.mark.parametrize("case", RINGS)
-def test_a_chunk_attends_to_its_ring(case):
+def test_a_chunk_attends_to_its_ring(platform, case):
     """Each token that is no pad. What comes of pads nobody asks for, if it is finite."""
     arguments = a_ring(case)
-    run = jax.jit(functools.partial(tpu.attend_ring, interpret=True))
-    found, real = run(*arguments), (arguments[3] >= 0)[..., None, None]
+    found = jax.jit(TO_RINGS[platform])(*arguments)
+    real = (arguments[3].positions >= 0)[..., None, None]
     assert jnp.all(jnp.isfinite(found))
     expected = jax.jit(attention.attend_ring.batched)(*arguments)
     close(jnp.where(real, found, 0), jnp.where(real, expected, 0), 2e-5)
+
+
+@pytest.mark.parametrize("platform", TO_RINGS)
+@pytest.mark.parametrize("wider", [0, 1], ids=["the chunk", "the ring"])
+def test_a_ring_in_another_dtype(platform, wider, promote):
+    queries, *ring, view, length = a_ring("a window that goes round")
+    narrow = lambda x: x.astype(jnp.bfloat16)
+    if wider == 0:
+        ring = map(narrow, ring)
+    else:
+        queries = narrow(queries)
+    arguments = (queries, *ring, view, length)
+    found = jax.jit(TO_RINGS[platform])(*arguments)
+    assert found.dtype == queries.dtype
+    expected = jax.jit(attention.attend_ring.batched)(*arguments)
+    real = (view.positions >= 0)[..., None, None]
+    close(jnp.where(real, found, 0), jnp.where(real, expected, 0), 2e-2)
 
 
 @pytest.mark.parametrize(
     "case", ["the first chunk", "a narrow window", "a window before it goes round"]
 )
 def test_blocks_that_nobody_sees_are_not_read(case):
-    queries, keys, values, positions, held, band, length = a_ring(case)
-    seen = attention.visible(positions, held, band.window).any(axis=(0, 1))
+    queries, keys, values, view, length = a_ring(case)
+    seen = view.mask.any(axis=(0, 1))
     block = next(n for n in (512, 256, 128) if len(seen) % n == 0)
     unseen = ~jnp.repeat(seen.reshape(-1, block).any(axis=1), block)
     assert unseen.any()
     spoilt = jnp.where(unseen[:, None], jnp.nan, values)
-    run = jax.jit(functools.partial(tpu.attend_ring, interpret=True))
-    rest = (positions, held, band, length)
+    run = jax.jit(TO_RINGS["tpu"])
     np.testing.assert_array_equal(
-        run(queries, keys, spoilt, *rest), run(queries, keys, values, *rest)
+        run(queries, keys, spoilt, view, length), run(queries, keys, values, view, length)
     )
 
 
+@pytest.mark.parametrize("platform", MODULES)
 @pytest.mark.parametrize(
     "seq, slots, head_dim", [(1, 384, 128), (128, 200, 128), (128, 384, 64)]
 )
-def test_chunks_that_the_kernel_does_not_know(seq, slots, head_dim):
-    """A single token, a ring of another length and narrower heads: in blocks."""
-    queries, keys, values, positions, held, band, length = a_ring("the first chunk")
+def test_chunks_that_a_kernel_does_not_know(platform, seq, slots, head_dim):
+    """A single token, a ring of another length, narrower heads, and for cuDNN float32: in
+    blocks."""
+    queries, keys, values, view, length = a_ring("the first chunk")
     cut = lambda x: x[..., :head_dim]
     ring = lambda x: cut(x)[:, :, :slots]
     arguments = (
         cut(queries)[:, :seq],
         ring(keys),
         ring(values),
-        positions[:, :seq],
-        held[:, :slots],
-        band,
+        attention.RingView(view.positions[:, :seq], view.held[:, :slots], None),
         length,
     )
-    found = jax.jit(tpu.attend_ring)(*arguments)
+    found = jax.jit(MODULES[platform].attend_ring)(*arguments)
     close(found, jax.jit(attention.attend_ring.batched)(*arguments), 2e-5)
 
 
-@pytest.fixture
-def interpreted(monkeypatch):
-    """Programs are made as for a TPU, with its kernel interpreted. Gives the shapes of the
-    queries for which the kernel was traced."""
-    traced = []
+@pytest.fixture(params=MODULES)
+def traced(request, monkeypatch):
+    """Programs are made as for a TPU or a GPU, and its kernels run here. Gives the shapes
+    of the queries for which a kernel was traced."""
+    shapes = []
 
-    def interpret(function, on_tpu):
-        def kernel(*arguments):
-            traced.append(arguments[0].shape)
-            return on_tpu(*arguments, interpret=True)
+    def here(function, kernel):
+        def counted(*arguments):
+            shapes.append(arguments[0].shape)
+            return kernel(*arguments)
 
-        monkeypatch.setitem(function.others, "cpu", kernel)
+        monkeypatch.setitem(function.others, "cpu", counted)
 
-    interpret(attention.attend_sequence, tpu.attend_sequence)
-    interpret(attention.attend_ring, tpu.attend_ring)
+    here(attention.attend_sequence, KERNELS[request.param])
+    here(attention.attend_ring, TO_RINGS[request.param])
     attention.attend_sequence.derived.add("cpu")
-    with made_for("tpu"):
-        yield traced
+    with made_for(request.param):
+        yield shapes
     attention.attend_sequence.derived.discard("cpu")
 
 
@@ -222,7 +245,7 @@ def loss(model, tokens, segments):
     return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - logits[..., 0])
 
 
-def test_training_goes_through_the_kernel(interpreted):
+def test_training_goes_through_the_kernel(traced):
     """Forwards and in reverse, the rows of a batch in one call; on a mesh each device has
     its own rows and heads. Two devices share each kv head."""
     sizes = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 128}
@@ -232,11 +255,11 @@ def test_training_goes_through_the_kernel(interpreted):
     segments = jnp.broadcast_to(segments, tokens.shape)
     step = eqx.filter_jit(eqx.filter_value_and_grad(loss))
     found = step(model, tokens, segments)
-    assert (4, 50, 4, 128) in interpreted
-    interpreted.clear()
+    assert (4, 50, 4, 128) in traced
+    traced.clear()
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     spread = step(shard(model, mesh), tokens, segments)
-    assert (2, 50, 1, 128) in interpreted
+    assert (2, 50, 1, 128) in traced
     with plain():
         expected = step(model, tokens, segments)
     for got in (found, spread):
@@ -245,18 +268,18 @@ def test_training_goes_through_the_kernel(interpreted):
             close(ours, theirs, 1e-4)
 
 
-def test_a_prompt_goes_through_the_kernel(interpreted):
+def test_a_prompt_goes_through_the_kernel(traced):
     """A chunk at a time, round a ring and behind pads, and on a mesh each device with its
     own rows and heads. Two devices share each kv head."""
     sizes = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 128}
     model = random_model(**sizes, sliding_window=100, vocab_size=64)
     prompts = [random_tokens(384 - cut, 64, seed=cut) for cut in (0, 200, 9, 1)]
     _, found = prefill(model, prompts, chunk=128)
-    assert (4, 128, 4, 128) in interpreted
-    interpreted.clear()
+    assert (4, 128, 4, 128) in traced
+    traced.clear()
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     _, spread = prefill(shard(model, mesh), prompts, chunk=128)
-    assert (2, 128, 1, 128) in interpreted
+    assert (2, 128, 1, 128) in traced
     with plain():
         _, expected = prefill(model, prompts, chunk=128)
     close(found, expected, 1e-4)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from models import cast, random_model
 
-from mistral_eqx.attention import Band, attend, attend_ring
+from mistral_eqx.attention import RingView, attend, attend_ring
 from mistral_eqx.decoding import DecodeState, decode, prefill
 from mistral_eqx.kernels import cpu
 from mistral_eqx.kernels.replaced import plain
@@ -92,9 +92,9 @@ def test_attention_reads_what_is_written(slots):
         mask = jnp.broadcast_to(held, (3, slots))
         unwritten = jnp.where(held[None, :, None], 0, 1e9)
         # The three tokens stand behind all that was written.
-        there = jnp.full(3, slots, jnp.int32), jnp.where(held, 0, -1).astype(jnp.int32)
-        band, length = Band(None, None), jnp.int32(written)
-        out = first(queries, keys + unwritten, values, *there, band, length)
+        held = jnp.where(held, 0, -1).astype(jnp.int32)
+        view = RingView(jnp.full(3, slots, jnp.int32), held, None)
+        out = first(queries, keys + unwritten, values, view, jnp.int32(written))
         np.testing.assert_allclose(out, attend(queries, keys, values, mask), atol=1e-6)
 
 
@@ -106,9 +106,9 @@ def test_one_token_attends_as_any(batch):
     )
     last = jnp.arange(69, 69 + batch, dtype=jnp.int32)[:, None]
     slots = jnp.broadcast_to(jnp.arange(100, dtype=jnp.int32), (batch, 100))
-    batched = jax.vmap(attend_ring, (0, 0, 0, 0, 0, None, None))
-    band, length = Band(None, None), jnp.int32(80)
-    attend_to = lambda q, k: batched(q, k, values, last, slots, band, length)
+    batched = jax.vmap(attend_ring, (0, 0, 0, 0, None))
+    view, length = RingView(last, slots, None), jnp.int32(80)
+    attend_to = lambda q, k: batched(q, k, values, view, length)
     square = lambda q, k: jnp.sum(attend_to(q, k) ** 2)
 
     def run():

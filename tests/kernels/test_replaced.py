@@ -56,9 +56,11 @@ def of_attend_ring(rng, dtype):
                 normal(rng, seq, 6, head_dim, dtype=dtype),
                 layer.keys,
                 layer.values,
-                jnp.arange(written - seq, written, dtype=jnp.int32) - padding,
-                layer.indices(length) - padding,
-                attention.Band(None, window),
+                attention.RingView(
+                    jnp.arange(written - seq, written, dtype=jnp.int32) - padding,
+                    layer.indices(length) - padding,
+                    window,
+                ),
                 length,
             )
 
@@ -136,7 +138,7 @@ def test_a_batch_is_its_rows(name, dtype):
         "turn": [1],
         "mix": [0],
         "quantized_product": [1, 2],
-        "attend_ring": [5, 6],
+        "attend_ring": [4],
     }.get(name, [])
     axes = tuple(None if i in shared else 0 for i in range(len(args)))
     stack = lambda arg: jax.tree.map(lambda leaf: jnp.stack([leaf, leaf[::-1]]), arg)
@@ -159,10 +161,10 @@ def test_a_ring_in_blocks(dtype, block, monkeypatch):
     rng, n = np.random.default_rng(2), 0
     run = jax.jit(lambda *arguments: rings.attend_blocks(*arguments))
     expect = jax.jit(attention.attend_ring.batched)
-    for *arrays, band, written in of_attend_ring(rng, dtype):
-        for window in (band.window, 3):
-            rows = [x[None] for x in arrays]
-            arguments = (*rows, attention.Band(None, window), written)
+    for *arrays, view, written in of_attend_ring(rng, dtype):
+        for window in (view.window, 3):
+            rows = [x[None] for x in (*arrays, view.positions, view.held)]
+            arguments = (*rows[:3], attention.RingView(*rows[3:], window), written)
             assert_same(run(*arguments), expect(*arguments), dtype)
             n += arrays[1].shape[1] % block == 0
     assert n > 4
@@ -173,9 +175,8 @@ def test_unwritten_blocks_are_not_read(monkeypatch):
     queries, ring = jnp.ones((1, 1, 2, 8)), jnp.full((1, 1, 64, 8), jnp.nan)
     ring = ring.at[:, :, :20].set(1.0).at[:, :, 20:32].set(0.0)
     slots, last = jnp.arange(64, dtype=jnp.int32), jnp.full((1, 1), 19, jnp.int32)
-    there = last, jnp.where(slots < 20, slots, -1)[None]
-    band = attention.Band(None, None)
-    out = rings.attend_blocks(queries, ring, ring, *there, band, jnp.int32(20))
+    view = attention.RingView(last, jnp.where(slots < 20, slots, -1)[None], None)
+    out = rings.attend_blocks(queries, ring, ring, view, jnp.int32(20))
     np.testing.assert_allclose(out, jnp.ones((1, 1, 2, 8)), rtol=1e-6)
 
 
@@ -183,13 +184,13 @@ def test_a_ring_on_a_mesh_that_is_not_ours(monkeypatch):
     monkeypatch.setattr(rings, "BLOCKS", (40,))
     rng = np.random.default_rng(3)
     cases = of_attend_ring(rng, jnp.float32)
-    *arrays, band, length = next(case for case in cases if case[1].shape[1] == 600)
-    rows = [jnp.stack([x, x]) for x in arrays]
-    expected = jax.jit(attention.attend_ring.batched)(*rows, band, length)
+    *arrays, length = next(case for case in cases if case[1].shape[1] == 600)
+    rows = jax.tree.map(lambda x: jnp.stack([x, x]), arrays)
+    expected = jax.jit(attention.attend_ring.batched)(*rows, length)
     mesh = jax.make_mesh((2,), ("mine",), axis_types=(jax.sharding.AxisType.Auto,))
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("mine"))
-    run = jax.jit(jax.vmap(attention.attend_ring, (0, 0, 0, 0, 0, None, None)))
-    found = run(*jax.device_put(rows, place), band, length)
+    run = jax.jit(jax.vmap(attention.attend_ring, (0, 0, 0, 0, None)))
+    found = run(*jax.device_put(rows, place), length)
     assert_same(found, expected, jnp.float32)
 
 
