@@ -46,13 +46,28 @@ def product_of_few_rows(
     x: Float[Array, "rows in"], weight: Float[Array, "out in"]
 ) -> Float32[Array, "rows out"]:
     """As `project`, in one loop that converts the matrix while it reads it."""
-    rows, width = x.shape
+    n = n_pieces(x.shape[1])
+    return product_of_pieces(*(array.reshape(len(array), n, -1) for array in (x, weight)))
+
+
+def n_pieces(width: int, multiple: int = 1) -> int:
+    """In how many pieces, of so many numbers or a multiple, a row has to be cut for the
+    fast loop."""
+    numbers = range(-(-width // LONGEST_VECTOR), width + 1)
+    return next(n for n in numbers if width % (n * multiple) == 0)
+
+
+def product_of_pieces(
+    x: Float[Array, "rows pieces part"], weight: Float[Array, "out pieces part"]
+) -> Float32[Array, "rows out"]:
+    """As `product_of_few_rows`, of what is in pieces. Those of a row are read one behind
+    the other: a loop for each piece of all rows would jump, and wait for memory."""
+    if x.shape[:2] == (1, 1):
+        x = computed_once(x[:, 0].astype(jnp.float32))
+        return one(x) * (x @ weight[:, 0].astype(jnp.float32).T)
+    # This stays in its own dtype, so that less of it has to be in the L1 cache.
     x = computed_once(x)
-    if rows == 1 and width <= LONGEST_VECTOR:
-        return one(x) * (x.astype(jnp.float32) @ weight.astype(jnp.float32).T)
-    part = next(n for n in range(min(width, LONGEST_VECTOR), 0, -1) if width % n == 0)
-    parts = weight.reshape(-1, 1, width // part, part)
-    return sum_of_products(x.reshape(1, rows, -1, part), parts).sum(2).T
+    return sum_of_products(x[None], weight[:, None]).sum(2).T
 
 
 @replaces(layers.product, on="cpu")

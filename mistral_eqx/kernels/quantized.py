@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int8, UInt8
+from jaxtyping import Array, Float, Float32, Int8, Int32, UInt8
 
 from ..layers import Linear
 from . import cpu
@@ -72,10 +72,13 @@ def product_of_few_rows(
 ) -> Float32[Array, "rows out"]:
     """On a CPU, in one loop that makes floats of the weight while it reads it; in two for
     the halves of int4."""
-    # In float32 the parts of `x` are written to memory, and not computed in the loop.
-    pairs, factor = _parts(x.astype(jnp.float32), values, scales)
-    cuts = (cut for pair in pairs for cut in _cuts(*pair))
-    return factor[None] * sum(cpu.product_of_few_rows(*cut) for cut in cuts)
+    width, groups = values.shape[1], scales.shape[1]
+    n = cpu.n_pieces(width, 1 if groups == 1 else width // groups)
+    cut = lambda array: array.reshape(len(array), n, -1)
+    # In float32 the halves of int4 are written to memory, and not computed in the loop.
+    x = cut(x if values.dtype == jnp.int8 else x.astype(jnp.float32))
+    pairs, factor = _parts(x, cut(values), scales if groups == 1 else cut(scales))
+    return factor[None] * sum(cpu.product_of_pieces(*pair) for pair in pairs)
 
 
 def _product_of_many_rows(
@@ -88,22 +91,23 @@ def _product_of_many_rows(
         n for n in range(1, n_out + 1) if n_out % n == 0 and n_out * width / n <= _NEAR
     )
 
-    def product(parts: tuple[Values, Scales]) -> Float32[Array, "rows cut"]:
-        rows, weight, factor = _together(x, *parts)
-        return factor[None] * cpu.project(rows, weight)
-
     blocks = [part.reshape(n, n_out // n, -1) for part in (values, scales)]
-    return jax.lax.map(product, tuple(blocks)).transpose(1, 0, 2).reshape(len(x), n_out)
+    # A 1 and a 0 that XLA must take from `x`. What does not depend on `x` it makes for all
+    # layers at once, each in memory of its own.
+    one = cpu.one(x)
+    zero = (one - 1).astype(values.dtype)
 
+    def fill(i: Int32[Array, ""], out: Float32[Array, "blocks rows cut"]) -> Array:
+        values, scales = (
+            jax.lax.dynamic_index_in_dim(b, i, keepdims=False) for b in blocks
+        )
+        rows, weight, factor = _together(x, values + zero, scales)
+        product = factor[None] * cpu.project(rows, weight)
+        return jax.lax.dynamic_update_index_in_dim(out, product, i, 0)
 
-def _cuts(
-    x: Float[Array, "rows in"], weight: Float[Array, "out in"]
-) -> list[tuple[Float[Array, "rows cut"], Float[Array, "out cut"]]]:
-    """Columns that are not too many for the fastest loop, which is that of one row."""
-    width = x.shape[1]
-    least = -(-width // cpu.LONGEST_VECTOR) if x.shape[0] == 1 else 1
-    n = next(n for n in range(least, width + 1) if width % n == 0)
-    return list(zip(jnp.split(x, n, axis=1), jnp.split(weight, n, axis=1)))
+    out = jnp.broadcast_to(one, (n, len(x), n_out // n))
+    out = jax.lax.fori_loop(0, n, fill, out)
+    return out.transpose(1, 0, 2).reshape(len(x), n_out)
 
 
 def _together(
@@ -118,10 +122,10 @@ def _together(
 
 
 def _parts(
-    x: Float[Array, "*seq in"], values: Values, scales: Scales
+    x: Float[Array, "*seq in"], values: Values, scales: Float[Array, "*all groups"]
 ) -> tuple[
-    list[tuple[Float[Array, "*seq part"], Float32[Array, "out part"]]],
-    Float32[Array, "out"],
+    list[tuple[Float[Array, "*seq part"], Float32[Array, "*outs part"]]],
+    Float32[Array, "factors"],
 ]:
     """Columns of `x` and of the weight that belong together. The sum of their products,
     times the factor, is the product."""
@@ -142,10 +146,10 @@ def _nibbles(values: UInt8[Array, "*shape"]) -> list[Int8[Array, "*shape"]]:
 
 
 def _scaled(
-    values: Int8[Array, "out part"], scales: Float[Array, "out groups"]
-) -> Float32[Array, "out part"]:
+    values: Int8[Array, "*outs part"], scales: Float[Array, "*all groups"]
+) -> Float32[Array, "*outs part"]:
     groups = values.reshape(*scales.shape, -1).astype(jnp.float32)
-    return (groups * scales.astype(jnp.float32)[:, :, None]).reshape(values.shape)
+    return (groups * scales.astype(jnp.float32)[..., None]).reshape(values.shape)
 
 
 def quantized(weight: Float[Array, "*stack out in"], scheme: str) -> tuple[Values, Scales]:
