@@ -51,8 +51,8 @@ def product_of_few_rows(
 
 
 def n_pieces(width: int, multiple: int = 1) -> int:
-    """In how many pieces, of so many numbers or a multiple, a row has to be cut for the
-    fast loop."""
+    """In how many pieces a row has to be cut for the fast loop. The length of a piece is a
+    multiple of `multiple`."""
     numbers = range(-(-width // LONGEST_VECTOR), width + 1)
     return next(n for n in numbers if width % (n * multiple) == 0)
 
@@ -65,7 +65,7 @@ def product_of_pieces(
     if x.shape[:2] == (1, 1):
         x = computed_once(x[:, 0].astype(jnp.float32))
         return one(x) * (x @ weight[:, 0].astype(jnp.float32).T)
-    # This stays in its own dtype, so that less of it has to be in the L1 cache.
+    # Here `x` keeps its dtype, so that less of it has to be in the L1 cache.
     x = computed_once(x)
     return sum_of_products(x[None], weight[:, None]).sum(2).T
 

@@ -90,17 +90,15 @@ def _product_of_many_rows(
     n = next(
         n for n in range(1, n_out + 1) if n_out % n == 0 and n_out * width / n <= _NEAR
     )
-
     blocks = [part.reshape(n, n_out // n, -1) for part in (values, scales)]
-    # A 1 and a 0 that XLA must take from `x`. What does not depend on `x` it makes for all
-    # layers at once, each in memory of its own.
+    # A 1 and a 0 that XLA must take from `x`: what does not depend on `x`, XLA makes for
+    # all layers at once, each in memory of its own.
     one = cpu.one(x)
     zero = (one - 1).astype(values.dtype)
 
     def fill(i: Int32[Array, ""], out: Float32[Array, "blocks rows cut"]) -> Array:
-        values, scales = (
-            jax.lax.dynamic_index_in_dim(b, i, keepdims=False) for b in blocks
-        )
+        take = lambda block: jax.lax.dynamic_index_in_dim(block, i, keepdims=False)
+        values, scales = map(take, blocks)
         rows, weight, factor = _together(x, values + zero, scales)
         product = factor[None] * cpu.project(rows, weight)
         return jax.lax.dynamic_update_index_in_dim(out, product, i, 0)

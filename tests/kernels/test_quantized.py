@@ -9,6 +9,7 @@ from models import random_model, random_tokens
 
 import mistral_eqx as mx
 from mistral_eqx.config import MoEConfig
+from mistral_eqx.decoding import prefill_chunk
 from mistral_eqx.devices.mesh import make_mesh, parse_mesh
 from mistral_eqx.kernels.quantized import QuantizedLinear, quantized, quantized_product
 from mistral_eqx.layers import Linear
@@ -214,6 +215,24 @@ def test_a_loop_makes_floats_while_it_reads(scheme, rows):
 
     compiled = jax.jit(many).lower(jnp.ones((rows, 1024)), parts).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < weight.nbytes / 16
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="how a CPU multiplies")
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_weights_become_floats_one_after_another(scheme):
+    """A chunk of a prompt needs room for the floats of one weight or two, not of all."""
+    sizes = {"dim": 256, "hidden_dim": 1024, "n_layers": 4}
+    model = random_model(**sizes, n_heads=4, n_kv_heads=4, head_dim=64)
+
+    def room(model):
+        cache = model.empty_cache(
+            jnp.zeros(1, jnp.int32), chunk=16, max_length=32, dtype=jnp.float32
+        )
+        tokens = jnp.zeros((1, 16), jnp.int32)
+        compiled = prefill_chunk.lower(model, cache, tokens).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert room(mx.quantize(model, scheme)) < room(model) + 4 * 256 * 1024 * 4
 
 
 # --- what cannot be -----------------------------------------------------------------------
