@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int8, Int32, UInt8
+from jaxtyping import Array, Float, Float32, Int8, UInt8
 
 from ..layers import Linear
 from . import cpu
@@ -96,7 +96,7 @@ def _product_of_many_rows(
     one = cpu.one(x)
     zero = (one - 1).astype(values.dtype)
 
-    def fill(i: Int32[Array, ""], out: Float32[Array, "blocks rows cut"]) -> Array:
+    def fill(i, out):
         take = lambda block: jax.lax.dynamic_index_in_dim(block, i, keepdims=False)
         values, scales = map(take, blocks)
         rows, weight, factor = _together(x, values + zero, scales)
