@@ -24,7 +24,7 @@ def attend_sequence(
     """[`mistral_eqx.attention.attend_sequence`][]. The `implementation` `"xla"` runs
     everywhere."""
     dtype, seq = keys.dtype, keys.shape[1]
-    if not is_known(keys) and implementation == "cudnn":
+    if not is_known(keys, implementation):
         return attention.attend_sequence.batched(queries, keys, values, band)
     # Pads come last, where no token sees them. With a mask, cuDNN needs an even number.
     pad = lambda x: jnp.pad(x, [(0, 0), (0, seq % 2), *((0, 0) for _ in x.shape[2:])])
@@ -64,7 +64,7 @@ def attend_ring(
     So each kv head goes in as a row of its own with one head, and no ring is turned around.
     """
     (batch, seq, heads, head_dim), (_, kv_heads, slots, _) = queries.shape, keys.shape
-    if seq == 1 or not is_known(keys) and implementation == "cudnn":
+    if seq == 1 or not is_known(keys, implementation):
         return rings.attend_blocks(queries, keys, values, view, length)
     # Slots that are not written yet are not read.
     lengths = jnp.full(kv_heads, jnp.minimum(length, slots))
@@ -91,8 +91,7 @@ def attend_ring(
     return out.astype(queries.dtype)
 
 
-def is_known(keys: Float[Array, "..."]) -> bool:
-    """Whether cuDNN knows such keys on every card."""
-    head_dim = keys.shape[-1]
-    known = keys.dtype in (jnp.bfloat16, jnp.float16)
-    return known and head_dim % 8 == 0 and head_dim <= 128
+def is_known(keys: Float[Array, "..."], implementation: str) -> bool:
+    """Whether the implementation knows such keys; cuDNN's, on every card."""
+    head_dim, narrow = keys.shape[-1], keys.dtype in (jnp.bfloat16, jnp.float16)
+    return implementation != "cudnn" or narrow and head_dim % 8 == 0 and head_dim <= 128

@@ -152,16 +152,20 @@ def a_ring(case, dtype=jnp.float32):
     return normal(seq, 4), layer.keys, layer.values, view, length
 
 
+def attended(platform, arguments, tolerance):
+    """What a kernel makes of a ring, after a look at each token that is no pad."""
+    found = jax.jit(TO_RINGS[platform])(*arguments)
+    expected = jax.jit(attention.attend_ring.batched)(*arguments)
+    real = (arguments[3].positions >= 0)[..., None, None]
+    close(jnp.where(real, found, 0), jnp.where(real, expected, 0), tolerance)
+    return found
+
+
 @pytest.mark.parametrize("platform", TO_RINGS)
 @pytest.mark.parametrize("case", RINGS)
 def test_a_chunk_attends_to_its_ring(platform, case):
-    """Each token that is no pad. What comes of pads nobody asks for, if it is finite."""
-    arguments = a_ring(case)
-    found = jax.jit(TO_RINGS[platform])(*arguments)
-    real = (arguments[3].positions >= 0)[..., None, None]
-    assert jnp.all(jnp.isfinite(found))
-    expected = jax.jit(attention.attend_ring.batched)(*arguments)
-    close(jnp.where(real, found, 0), jnp.where(real, expected, 0), 2e-5)
+    """What comes of pads nobody asks for, if it is finite."""
+    assert jnp.all(jnp.isfinite(attended(platform, a_ring(case), 2e-5)))
 
 
 @pytest.mark.parametrize("platform", TO_RINGS)
@@ -173,12 +177,8 @@ def test_a_ring_in_another_dtype(platform, wider, promote):
         ring = map(narrow, ring)
     else:
         queries = narrow(queries)
-    arguments = (queries, *ring, view, length)
-    found = jax.jit(TO_RINGS[platform])(*arguments)
+    found = attended(platform, (queries, *ring, view, length), 2e-2)
     assert found.dtype == queries.dtype
-    expected = jax.jit(attention.attend_ring.batched)(*arguments)
-    real = (view.positions >= 0)[..., None, None]
-    close(jnp.where(real, found, 0), jnp.where(real, expected, 0), 2e-2)
 
 
 @pytest.mark.parametrize(
