@@ -23,8 +23,10 @@ from .prompts import checked_eos_ids, checked_prompts, next_power_of_two
 from .transformer import Transformer
 
 
-# Added to the score of what may not be chosen: finite, as sums of it must be ordered.
-_NEVER = -1e9
+# Added to the score of what may not be chosen. Finite, because sums of it must be ordered;
+# and far below every score, whatever the length penalty makes of it.
+_NEVER = -1e30
+_LARGEST_FACTOR = 1e20
 
 
 @dataclasses.dataclass
@@ -127,6 +129,11 @@ def beam_search(
     length_penalty = arguments.number("length_penalty", length_penalty)
     if not -np.inf < length_penalty < np.inf:
         raise ValueError(f"length_penalty must be finite, got {length_penalty!r}.")
+    if -length_penalty * np.log(max_tokens) > np.log(_LARGEST_FACTOR):
+        raise ValueError(
+            f"length_penalty is too small, got {length_penalty!r}: the score of a text of "
+            f"{max_tokens} tokens would be too large for a float."
+        )
     if early_stopping is not True and early_stopping not in (False, "never"):
         raise ValueError(
             'early_stopping must be True, False or "never", got '

@@ -81,8 +81,8 @@ class Cache(eqx.Module):
         - `padding`: how many pads stand left of each row. Shape `()` for one row, or
             `(batch,)`.
         - `chunk`: the most tokens that are written at once.
-        - `max_length`: the most tokens that are written in all, pads included. Without a
-            window the ring is as long as that; with one it may be anything longer.
+        - `max_length`: the most tokens that are written in all, pads included. With a
+            window the ring is no longer than it and a chunk, and may be written for ever.
         - `dtype`: of the keys and values.
         """
 

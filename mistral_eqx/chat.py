@@ -7,7 +7,6 @@ Other tokenizers go by the template that the model's folder brings.
 """
 
 import functools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
@@ -20,7 +19,7 @@ from .sampling import Sampling, SamplingOptions
 from .templates import encode_by_template
 from .tokenizer import Tokenizer
 from .transformer import Transformer
-from .writer import Completion, Writer, write
+from .writer import Completion, Writer, checked_seed, checked_stop, write
 
 
 # As mistral-common and OpenAI have them.
@@ -90,8 +89,9 @@ def _encode(
     *,
     answered: bool,
 ) -> list[int]:
+    tools = _checked_tools(tools)
     if _goes_by_template(tokenizer):
-        options = {"tools": _checked_tools(tools), "reasoning_effort": reasoning_effort}
+        options = {"tools": tools, "reasoning_effort": reasoning_effort}
         return encode_by_template(tokenizer, messages, **options, answered=answered)
     templates = _templates(tokenizer.path, answered)
     from mistral_common.exceptions import MistralCommonException
@@ -100,7 +100,7 @@ def _encode(
 
     if templates.version.value == "v1":
         for i, message in enumerate(messages):
-            content = json.dumps(message.get("content"))
+            content = " ".join(_texts_in(message.get("content")))
             if "[INST]" in content or "[/INST]" in content:
                 raise ValueError(
                     f"Message {i} contains [INST] or [/INST]. To this tokenizer, of "
@@ -270,12 +270,15 @@ class Chat:
         self._model, self._tokenizer = model, tokenizer
         self._system = None if system is None else arguments.text("system", system)
         self._max_tokens = arguments.integer("max_tokens", max_tokens)
-        self._stop, self._seed, self._with_reasoning = stop, seed, with_reasoning
+        self._stop, self._seed = checked_stop(stop), checked_seed(seed)
+        self._with_reasoning = with_reasoning
         self._sampling = Sampling(**sampling)
+        self._answer = (piece for piece in ())
         self.reset()
 
     def reset(self) -> None:
         """Forgets all that was said; the system prompt stays."""
+        self._answer.close()
         self.messages: list[Message] = []
         if self._system:
             self.messages.append({"role": "system", "content": self._system})
@@ -287,6 +290,8 @@ class Chat:
         any answer does not. Raises as [`encode_chat`][mistral_eqx.encode_chat] does, at the
         call."""
         message = arguments.text("message", message)
+        # An answer that is still going on ends here, and not behind this one.
+        self._answer.close()
         messages = [*self.messages, {"role": "user", "content": message}]
         ids = encode_chat(self._tokenizer, messages)
         self._remember(ids, messages)
@@ -302,7 +307,8 @@ class Chat:
             sampling=self._sampling,
             seed=self._seed,
         )
-        return self._answered(messages, writer, pieces)
+        self._answer = self._answered(messages, writer, pieces)
+        return self._answer
 
     def _answered(
         self, messages: list[Message], writer: Writer, pieces: Iterator[list[str]]

@@ -169,8 +169,8 @@ class ModelConfig:
         period = self._window_period
         if not period or not all(w is None or is_positive_integer(w) for w in period):
             raise ValueError(
-                "sliding_window must be a positive integer, null, or a list of these, got "
-                f"{self.sliding_window!r}."
+                "sliding_window must be a positive integer, null, or a list of these (in "
+                f"Python: None, a tuple), got {self.sliding_window!r}."
             )
         if self.n_layers % len(period) != 0:
             raise ValueError(

@@ -33,9 +33,11 @@ from .kernels.dtypes import cache_dtype
 from .prompts import (
     budgets_of,
     check_continuation,
+    check_room,
     checked_alternatives,
     checked_chunk,
     checked_eos_ids,
+    checked_histories,
     checked_prompts,
     chunk_sizes,
     next_power_of_two,
@@ -219,7 +221,8 @@ class DecodeState(eqx.Module):
 
         **Arguments:**
 
-        - `cache`, `logits`: as [`prefill`][] returns them. [`decode`][] donates the cache.
+        - `cache`, `logits`: as [`prefill`][] returns them. [`decode`][] donates both: they
+            cannot be used afterwards.
         - `max_tokens`: the most tokens to make: one number, or one a row.
         - `prompts`: the ids that each row has already. The repetition penalty counts them,
             and equal prompts get different draws. Without them every row counts as a copy
@@ -228,16 +231,23 @@ class DecodeState(eqx.Module):
 
         **Raises:**
 
-        `ValueError` for a `max_tokens` or `alternatives` outside its range.
+        `ValueError` for a number outside its range, for a cache that has no room for
+        `max_tokens` more, or for `prompts` that [`prefill`][] refuses.
         """
         batch, vocab_size = logits.shape
         budgets = np.asarray(budgets_of(max_tokens, batch), np.int32)
+        if not isinstance(cache.length, jax.core.Tracer):  # which has no number yet
+            windows = model.config.windows[: len(cache.slots)]
+            # The last token is only chosen: what follows it is not asked for.
+            remembered = max(int(budgets.max()) - 1, 0)
+            check_room(cache, 0, remembered, chunk=1, windows=windows)
         alternatives = checked_alternatives(alternatives, vocab_size)
         eos_ids = checked_eos_ids(eos_ids, vocab_size)
         prompts = [()] * batch if prompts is None else prompts
+        prompts = checked_histories(prompts, batch, vocab_size)
         seen = np.zeros((batch, vocab_size), bool)
-        for row, prompt in zip(seen, prompts, strict=True):
-            row[list(prompt)] = True
+        for row, prompt in zip(seen, prompts):
+            row[prompt] = True
         reason = np.where(budgets == 0, REASONS.index("length"), 0)
         rows = {
             "remaining": jnp.asarray(budgets),
@@ -303,12 +313,13 @@ def decode_step(model: Transformer, state: DecodeState) -> tuple[DecodeState, Ch
 def decode(
     model: Transformer, state: DecodeState, steps: Int32[Array, ""]
 ) -> tuple[DecodeState, Choice]:
-    """Runs up to `steps <= BLOCK` decode steps on the device, fewer if every row ends.
+    """Runs `steps` decode steps on the device: `BLOCK` at most, fewer if every row ends.
 
     **Returns:**
 
     The new state, and `BLOCK` choices for each row. The state given is donated.
     """
+    steps = jnp.minimum(steps, BLOCK)
     batch, top = state.reason.shape[0], state.alternatives
     block = Choice(
         jnp.zeros((batch, BLOCK), jnp.int32),

@@ -158,8 +158,9 @@ def generate(
     What was made in each row.
     """
     blocks = stream(model, prompts, block=BLOCK, **options)
-    rows = [Continuation() for _ in prompts]
+    rows: list[Continuation] = []
     for pieces in blocks:
+        rows = rows or [Continuation() for _ in pieces]
         for row, piece in zip(rows, pieces):
             row.tokens += piece.tokens
             row.logprobs += piece.logprobs
@@ -181,6 +182,11 @@ def _read(block: Choice) -> list[Continuation]:
 def _after(prefix: Cache, prompts: Sequence[Sequence[int]]) -> list[Sequence[int]]:
     """What the prompts have beyond a prefix of them."""
     held = to_host(prefix.length) - to_host(prefix.padding)
+    if held.size not in (1, len(prompts)):
+        raise ValueError(
+            f"The prefix has {held.size} rows, but there are {len(prompts)} prompts: give "
+            "it one row for all, or one for each."
+        )
     held = np.broadcast_to(held, len(prompts)) if held.size == 1 else held
     for i, (prompt, n) in enumerate(zip(prompts, held)):
         if len(prompt) <= n:

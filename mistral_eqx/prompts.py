@@ -78,7 +78,8 @@ def next_power_of_two(n: int) -> int:
 def budgets_of(max_tokens: int | Sequence[int], n_prompts: int) -> list[int]:
     """`max_tokens` for each row. Raises `TypeError` for what is no number, `ValueError` for
     a negative one, or for more or fewer numbers than prompts."""
-    if not isinstance(max_tokens, Sequence | np.ndarray) or isinstance(max_tokens, str):
+    is_list = isinstance(max_tokens, Sequence) or np.ndim(max_tokens) > 0
+    if isinstance(max_tokens, str) or not is_list:
         return [arguments.integer("max_tokens", max_tokens)] * n_prompts
     if len(max_tokens) != n_prompts:
         raise ValueError(
@@ -120,6 +121,20 @@ def _checked_prompt(i: int, prompt: Any, vocab_size: int) -> list[int]:
     return ids.tolist()
 
 
+def checked_histories(prompts: Any, n_rows: int, vocab_size: int) -> list[Sequence[int]]:
+    """As [`checked_prompts`][], where a row may be empty, and there are `n_rows`."""
+    rows = arguments.items("prompts", prompts, "lists of token ids, one for each row")
+    if len(rows) != n_rows:
+        raise ValueError(
+            f"There are {len(rows)} prompts for {n_rows} rows: give one for each."
+        )
+    is_empty = [isinstance(row, Sequence) and len(row) == 0 for row in rows]
+    return [
+        [] if empty else _checked_prompt(i, row, vocab_size)
+        for i, (row, empty) in enumerate(zip(rows, is_empty))
+    ]
+
+
 def checked_alternatives(alternatives: int, vocab_size: int) -> int:
     """Raises `ValueError` for fewer than none, or more than there are."""
     return arguments.integer("alternatives", alternatives, most=vocab_size)
@@ -159,13 +174,30 @@ def check_continuation(
             "A row of the cache ended before the others, and pads were written behind it. "
             "It cannot be continued: prefill its tokens again."
         )
-    needed = int(cache.length) + lengths[0] + max_tokens
+    check_room(cache, lengths[0], max_tokens, chunk=chunk, windows=windows)
+
+
+def check_room(
+    cache: Cache,
+    n_tokens: int,
+    max_tokens: int,
+    *,
+    chunk: int,
+    windows: tuple[int | None, ...],
+) -> None:
+    """Raises `ValueError` if a cache has no room for `n_tokens` more, written in chunks,
+    and for `max_tokens` behind them. They would overwrite tokens that are still seen."""
+    length = int(cache.length)
+    needed = length + n_tokens + max_tokens
     for slots, window in zip(cache.slots, windows, strict=True):
         # A ring that holds a window and a chunk lets the oldest tokens go.
-        rolls = window is not None and slots >= window - 1 + chunk
-        if needed > slots and not rolls:
-            raise ValueError(
-                f"The cache was made for {slots} tokens, pads included, and {needed} are "
-                f"asked of it: {int(cache.length)} are in it, {lengths[0]} follow, and "
-                f"max_tokens is {max_tokens}. Make it with a larger max_tokens."
-            )
+        if needed <= slots or (window is not None and slots >= window - 1 + chunk):
+            continue
+        advice = "Make it with a larger max_tokens."
+        if window is not None and slots >= window:
+            advice = f"Give a chunk of at most {slots - window + 1}."
+        raise ValueError(
+            f"The cache was made for {slots} tokens, pads included, and {needed} are asked "
+            f"of it: {length} are in it, {n_tokens} follow, and {max_tokens} are to be "
+            f"made behind them. {advice}"
+        )

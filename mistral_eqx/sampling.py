@@ -26,8 +26,8 @@ class Sampling(eqx.Module):
     """How a token is chosen. Its numbers are arrays: other values do not retrace, and what
     is switched off costs nothing.
 
-    The options are applied in the order of the arguments, which is that of Hugging Face's
-    transformers, and keep the tokens that it keeps.
+    The options are applied in the order in which they are listed here, which is that of
+    Hugging Face's transformers. They keep the tokens that it keeps.
     """
 
     repetition_penalty: Float32[Array, ""]

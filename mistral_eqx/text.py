@@ -17,7 +17,7 @@ from .sampling import Sampling, SamplingOptions
 from .scoring import Scored
 from .tokenizer import Tokenizer, load_checked_tokenizer
 from .transformer import Transformer
-from .writer import Completion, Writer, write
+from .writer import Completion, Writer, checked_stop, write
 
 
 TINY_MISTRAL = Path(__file__).parent / "tiny_mistral"
@@ -108,7 +108,7 @@ def generate(
     `ValueError` for an empty list of prompts, or an option outside its range; `TypeError`
     for an argument of another type.
     """
-    texts = arguments.texts("prompts", prompts)
+    texts, stop = arguments.texts("prompts", prompts), checked_stop(stop)
     writers = [Writer(tokenizer, text, stop=stop) for text in texts]
     pieces = write(
         model,

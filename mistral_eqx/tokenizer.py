@@ -23,7 +23,8 @@ from .files.vocabulary import (
 )
 
 
-# The newest first: a folder of v0.3 has its tokenizer under two names.
+# The first kind that a folder has is used, and of several versions the newest: a folder of
+# v0.3 has its tokenizer under two names.
 _FILES = (
     "tokenizer.model",
     "tokenizer.model.v[0-9]*",
@@ -106,7 +107,8 @@ class Tokenizer:
             raise ValueError(printable(f"{self.path} cannot encode: {error}")) from error
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`. Control ids (BOS, EOS) have none.
+        """The text of `ids`. Control ids (BOS, EOS) have none, nor have those that a model
+        has beyond the vocabulary if it `is_padded`.
 
         **Raises:**
 
@@ -219,7 +221,8 @@ class Detokenizer:
         ids = self._ids[-_CONTEXT:]
         text = self._decode(ids)
         untold = len(self._text) - self._told
-        # Ids without text, as control ids are, would take the next one's space with them.
+        # If the kept ids had no text, as control ids have none, the next one would count as
+        # the first of a text and lose its space.
         if len(text) > untold:
             self._ids, self._text, self._told = ids, text, len(text) - untold
 

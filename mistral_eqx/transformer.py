@@ -1,5 +1,7 @@
 """The model: an embedding, a stack of blocks, a norm, and a logit for every token id."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -163,6 +165,8 @@ class Transformer(eqx.Module):
     ) -> Places:
         """Where `tokens` stand, behind what the cache holds, or each in its own text."""
         indices = jnp.arange(tokens.shape[0], dtype=jnp.int32)
+        if segments is not None and cache is not None:
+            raise ValueError("segments are for whole sequences: leave out the cache.")
         if segments is not None:
             begins = jnp.diff(segments, prepend=segments[:1]) != 0
             indices -= jax.lax.cummax(jnp.where(begins, indices, 0))
@@ -185,16 +189,8 @@ class Transformer(eqx.Module):
 
         return jax.vmap(row, (0, axes, 0), (0, axes))(tokens, cache, segments)
 
-    def empty_cache(
-        self,
-        padding: Int[Array, "*batch"],
-        *,
-        chunk: int,
-        max_length: int,
-        dtype: DTypeLike,
-    ) -> Cache:
-        """A [`Cache`][] for this model, which see for the arguments."""
-        options = {"chunk": chunk, "max_length": max_length, "dtype": dtype}
+    def empty_cache(self, padding: Int[Array, "*batch"], **options: Any) -> Cache:
+        """A [`Cache`][] for this model. [`Cache`][] says what the options are."""
         return Cache(self.config, padding, **options)
 
     def with_router_logits(

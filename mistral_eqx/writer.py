@@ -82,9 +82,7 @@ class Writer:
 
         `TypeError` for what is no string, `ValueError` for an empty stop string.
         """
-        self._stop = arguments.texts("stop", stop)
-        if "" in self._stop:
-            raise ValueError("A stop string is empty: every text would end at once.")
+        self._stop = checked_stop(stop)
         of_text = isinstance(prompt, str)
         self.ids = tokenizer.encode(prompt) if of_text else list(prompt)
         self.completion = Completion(prompt=prompt if of_text else tokenizer.decode(prompt))
@@ -152,6 +150,20 @@ class Writer:
         return held[:certain]
 
 
+def checked_stop(stop: str | Sequence[str]) -> list[str]:
+    """The stop strings as a list. Raises `TypeError` for what is no string, `ValueError`
+    for an empty one."""
+    stop = arguments.texts("stop", stop)
+    if "" in stop:
+        raise ValueError("A stop string is empty: every text would end at once.")
+    return stop
+
+
+def checked_seed(seed: int) -> int:
+    """Raises `TypeError` for what is no whole number, `ValueError` above 64 bits."""
+    return arguments.integer("seed", seed, least=-(2**63), most=2**63 - 1)
+
+
 def write(
     model: Transformer,
     tokenizer: Tokenizer,
@@ -168,7 +180,7 @@ def write(
         [writer.ids for writer in writers],
         eos_ids=tokenizer.eos_ids if eos_ids is None else eos_ids,
         stopped=lambda: [writer.completion.reason == "stop" for writer in writers],
-        key=jr.key(arguments.integer("seed", seed, least=-(2**63), most=2**63 - 1)),
+        key=jr.key(checked_seed(seed)),
         **options,
     )
     return ([writer.add(row) for writer, row in zip(writers, made)] for made in blocks)

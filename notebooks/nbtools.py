@@ -167,7 +167,8 @@ def guess(what: str, guessed, measured, why: dict | None = None) -> None:
     answer is folded away. `why` says, for each tempting answer, why it is not the one."""
     answer, reasons = f"**{_short(measured)}**", why or {}
     if guessed is None:
-        told = [f"*Not {a}*: {reason}" for a, reason in reasons.items() if a != measured]
+        others = ((a, reason) for a, reason in reasons.items() if a != measured)
+        told = [f"*Why not “{a}”?* {reason}" for a, reason in others]
         folded = ["<details><summary>What it is</summary>", f"It is {answer}.", *told]
         paragraphs = [f"**{what}**: you have not guessed.", *folded, "</details>"]
         say("\n\n".join(paragraphs))

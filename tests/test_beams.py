@@ -122,6 +122,14 @@ def test_without_window_and_without_end(n_beams):
         np.testing.assert_allclose(beam.score, np.mean(greedy.logprobs), atol=1e-5)
 
 
+def test_a_length_penalty_may_make_scores_huge():
+    model, tokenizer = load()
+    options = {"n_beams": 2, "n_best": 2, "max_tokens": 64, "length_penalty": -5.0}
+    (found,) = beam_search(model, [tokenizer.encode("To be, or")], **options)
+    best, second = found
+    assert best.tokens and second.tokens and best.score > second.score
+
+
 def test_a_row_does_not_depend_on_the_others():
     model, _ = pair(8)
     options = {"n_beams": 3, "n_best": 2, "max_tokens": 24, "eos_ids": [2]}
@@ -159,6 +167,7 @@ def test_one_trace_for_all_numbers():
         ({"n_best": 0}, "n_best"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"length_penalty": float("nan")}, "length_penalty"),
+        ({"length_penalty": -40.0}, "length_penalty is too small"),
         ({"early_stopping": "soon"}, "early_stopping"),
     ],
 )

@@ -235,3 +235,28 @@ def test_an_answer_broken_off_stays():
     assert talk.messages[-1]["content"].startswith(first)
     assert len(jax.tree.leaves(talk._cache)) > 0
     "".join(talk.stream("Go on"))
+
+
+def test_an_answer_left_open_ends_before_the_next():
+    tokenizer = Tokenizer(DATA / FILES["v3"])
+    model = random_model(vocab_size=tokenizer.vocab_size)
+    talk = mx.Chat(model, tokenizer, max_tokens=40, temperature=1.0)
+    left = talk.stream("one")
+    next(left)
+    "".join(talk.stream("two"))
+    said = [message["content"] for message in talk.messages[::2]]
+    left.close()
+    assert said == ["one", "two"] == [m["content"] for m in talk.messages[::2]]
+    left = talk.stream("three")
+    next(left)
+    talk.reset()
+    left.close()
+    assert talk.messages == []
+
+
+@pytest.mark.parametrize("options", [{"stop": ""}, {"seed": 2**64}, {"max_tokens": -1}])
+def test_bad_options(options):
+    tokenizer = Tokenizer(DATA / FILES["v3"])
+    model = random_model(vocab_size=tokenizer.vocab_size)
+    with pytest.raises(ValueError, match=next(iter(options))):
+        mx.Chat(model, tokenizer, **options)

@@ -125,11 +125,35 @@ def test_what_a_cache_cannot_do(window, prompts, options, message):
         generate(model, prompts, prefix=cache, key=jr.key(0), **options)
 
 
+def test_a_chunk_that_would_overwrite_what_is_seen():
+    model = random_model(sliding_window=8)
+    cache, _ = prefill(model, [[5] * 6], chunk=4, max_tokens=1000)
+    with pytest.raises(ValueError, match="Give a chunk of at most 5"):
+        prefill(model, [[5] * 20], cache=cache, max_tokens=100)
+    _, logits = prefill(model, [[5] * 20], cache=cache, chunk=4, max_tokens=100)
+    _, expected = prefill(model, [[5] * 26])
+    np.testing.assert_allclose(logits, expected, atol=5e-4)
+
+
+def test_a_state_needs_room_for_its_tokens():
+    """Without a window, what is made would take the place of the prompt."""
+    model = random_model(sliding_window=None)
+    cache, logits = prefill(model, [[1] * 8], chunk=8)
+    options = {"max_tokens": 40, "key": jr.key(0)}
+    with pytest.raises(ValueError, match="made for 8 tokens, .* and 47 are asked of it"):
+        DecodeState.start(model, cache, logits, **options)
+    windowed = random_model(sliding_window=4)
+    cache, logits = prefill(windowed, [[1] * 8], chunk=8)
+    DecodeState.start(windowed, cache, logits, **options)
+
+
 def test_a_cache_of_other_rows():
     model = random_model()
     cache, _ = prefill(model, [[1], [2]], max_tokens=50)
     with pytest.raises(ValueError, match="2 rows"):
         prefill(model, [[1], [2], [3]], cache=cache)
+    with pytest.raises(ValueError, match="prefix has 2 rows, .* 3 prompts"):
+        generate(model, [[1, 2]] * 3, prefix=cache, max_tokens=3, key=jr.key(0))
 
 
 def test_options_and_caches_do_not_retrace(monkeypatch):

@@ -359,6 +359,39 @@ def test_a_loop_of_ones_own():
     assert rows == generate(model, PROMPTS, max_tokens=[20, 3, 20, 0])
 
 
+def test_no_more_steps_than_a_block_has():
+    """The tokens of steps behind a block would be lost."""
+    model = random_model()
+    state, made = decode(
+        model, begin(model, [TEXT], max_tokens=2 * BLOCK), jnp.int32(BLOCK + 9)
+    )
+    assert state.remaining.tolist() == [BLOCK] and made.made.sum() == BLOCK
+
+
+def test_prompts_may_come_from_an_iterator(unchecked):
+    model = random_model()
+    assert generate(model, iter(PROMPTS), max_tokens=4) == generate(
+        model, PROMPTS, max_tokens=4
+    )
+
+
+@pytest.mark.parametrize(
+    "prompts, message",
+    [
+        ([[1], [2]], "There are 2 prompts for 1 rows"),
+        ([[99]], "Prompt 0 has the token id 99"),
+        ([[-1]], "Prompt 0 has the token id -1"),
+    ],
+)
+def test_the_prompts_of_a_state(prompts, message, unchecked):
+    model = random_model()
+    cache, logits = prefill(model, [TEXT], max_tokens=9)
+    with pytest.raises(ValueError, match=message):
+        DecodeState.start(model, cache, logits, max_tokens=9, prompts=prompts, key=KEY)
+    options = {"max_tokens": np.array(9), "prompts": [[]], "key": KEY}
+    assert DecodeState.start(model, cache, logits, **options).remaining == 9
+
+
 BAD_PROMPTS = {
     "none": ([], "There is no prompt"),
     "empty": ([TEXT, []], "Prompt 1 is empty"),

@@ -177,6 +177,13 @@ def test_bad_options(options, message):
         list(mx.stream(model, tokenizer, "x", **options))
 
 
+def test_stop_strings_may_come_from_an_iterator(unchecked):
+    model, tokenizer = small()
+    options = {"max_tokens": 30, "temperature": 1.0}
+    rows = mx.generate(model, tokenizer, ["x", "x y"], stop=iter([" "]), **options)
+    assert rows == mx.generate(model, tokenizer, ["x", "x y"], stop=[" "], **options)
+
+
 def test_an_empty_text_is_not_scored():
     with pytest.raises(ValueError, match="empty"):
         mx.score(*small(), "")

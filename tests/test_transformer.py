@@ -169,3 +169,12 @@ def test_released_models(name):
     assert logits.shape == (2, 16, config.vocab_size)
     slots = 4112 if config.sliding_window else 8192
     assert cache.layers[-1].keys.shape == (2, 8, slots, 128)
+
+
+def test_several_texts_in_a_row_go_without_a_cache():
+    model = random_model()
+    padding = jnp.zeros((), jnp.int32)
+    options = {"chunk": 4, "max_length": 8, "dtype": jnp.float32}
+    tokens = jnp.arange(4, dtype=jnp.int32)
+    with pytest.raises(ValueError, match="leave out the cache"):
+        model.hidden_states(tokens, model.empty_cache(padding, **options), tokens // 2)

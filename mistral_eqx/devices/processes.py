@@ -28,6 +28,9 @@ def connect(
 
     `ValueError` for an address or a number that cannot be.
     """
+    given = [x is not None for x in (coordinator, num_processes, process_id)]
+    if any(given) and not all(given):
+        raise ValueError("Give coordinator, num_processes and process_id together.")
     if coordinator is not None:
         host, _, port = coordinator.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 2**16:

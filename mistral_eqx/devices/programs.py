@@ -91,8 +91,8 @@ def _copies(
     large: Iterable[tuple[int, ...]],
 ) -> Iterator[str]:
     """The instructions whose output is as large as a weight or a ring. XLA may drop axes of
-    length 1 and change the order of the others. By its shape alone, what 1,024 tokens are
-    on their way is a weight of 1,024 rows: `wk` of a 7B."""
+    length 1 and change the order of the others. Only shapes are compared, so activations of
+    1,024 tokens are taken for a weight of 1,024 rows, as `wk` of a 7B is."""
     essence = lambda shape: tuple(sorted(n for n in shape if n > 1))
     wanted = {essence(shape) for shape in large}
     for name, dtype, shape, operation in instructions:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, Float32, Int
 
+from ..arguments import shown
 from ..cache import Cache, LayerCache
 from ..layers import each_token
 from ..rope import Places
@@ -233,6 +234,8 @@ def in_stages(
 ) -> Transformer:
     """The model with its layers in stages, if the mesh has an axis for them. `model` may be
     a skeleton. Arguments and errors are those of [`shard`][]."""
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise TypeError(f"mesh must be a jax.sharding.Mesh, got {shown(mesh)}.")
     if microbatches is not None and microbatches < 1:
         raise ValueError(f"microbatches must be 1 or more, got {microbatches}.")
     n_stages = mesh.shape.get("pipe", 1)

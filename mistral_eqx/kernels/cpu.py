@@ -60,8 +60,8 @@ def n_pieces(width: int, multiple: int = 1) -> int:
 def product_of_pieces(
     x: Float[Array, "rows pieces part"], weight: Float[Array, "out pieces part"]
 ) -> Float32[Array, "rows out"]:
-    """As `product_of_few_rows`, of what is in pieces. Those of a row are read one behind
-    the other: a loop for each piece of all rows would jump, and wait for memory."""
+    """As `product_of_few_rows`, of what is in pieces. All pieces of a row of the weight are
+    read before the next row. A loop over all rows for each piece would jump in memory."""
     if x.shape[:2] == (1, 1):
         x = computed_once(x[:, 0].astype(jnp.float32))
         return one(x) * (x @ weight[:, 0].astype(jnp.float32).T)

@@ -84,28 +84,24 @@ def product_of_few_rows(
 def _product_of_many_rows(
     x: Float[Array, "rows in"], values: Values, scales: Scales
 ) -> Float32[Array, "rows out"]:
-    """On a CPU, in blocks of the weight, of 64 rows or more, that are still in its cache
-    when they have become floats."""
+    """On a CPU, in blocks of the weight that are still in its cache when they have become
+    floats. The last block overlaps the one before it, so that all are of one size."""
     n_out, width = values.shape[0], x.shape[1]
-    n = next(
-        n for n in range(1, n_out + 1) if n_out % n == 0 and n_out * width / n <= _NEAR
-    )
-    blocks = [part.reshape(n, n_out // n, -1) for part in (values, scales)]
+    size = min(n_out, max(64, _NEAR // width // 2 * 2))
     # A 1 and a 0 that XLA must take from `x`: what does not depend on `x`, XLA makes for
     # all layers at once, each in memory of its own.
     one = cpu.one(x)
     zero = (one - 1).astype(values.dtype)
 
     def fill(i, out):
-        take = lambda block: jax.lax.dynamic_index_in_dim(block, i, keepdims=False)
-        values, scales = map(take, blocks)
-        rows, weight, factor = _together(x, values + zero, scales)
+        start = jnp.minimum(i * size, n_out - size)
+        take = lambda part: jax.lax.dynamic_slice_in_dim(part, start, size)
+        rows, weight, factor = _together(x, take(values) + zero, take(scales))
         product = factor[None] * cpu.project(rows, weight)
-        return jax.lax.dynamic_update_index_in_dim(out, product, i, 0)
+        return jax.lax.dynamic_update_slice_in_dim(out, product, start, axis=1)
 
-    out = jnp.broadcast_to(one, (n, len(x), n_out // n))
-    out = jax.lax.fori_loop(0, n, fill, out)
-    return out.transpose(1, 0, 2).reshape(len(x), n_out)
+    out = jnp.broadcast_to(one, (len(x), n_out))
+    return jax.lax.fori_loop(0, -(-n_out // size), fill, out)
 
 
 def _together(

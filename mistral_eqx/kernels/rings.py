@@ -53,8 +53,8 @@ def attend_blocks(
         scores = jnp.where(seen, scores * head_dim**-0.5, lowest)
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
         weights = jnp.exp(scores - new_top[..., None])
-        # What was summed under another maximum. Of blocks that nobody saw, nothing is left
-        # as soon as something is seen.
+        # This rescales what was summed under another maximum. The sums of a query that has
+        # seen no key yet mean nothing, and its first key makes them 0.
         kept = jnp.exp(top - new_top)
         more = jnp.einsum(
             "bkgts,bksd->bkgtd",

@@ -158,8 +158,8 @@ def _sees(seq: int, slots: int, window: int | None) -> Callable[..., Bool[Array,
 
 
 def _next(seen: Bool[Array, "rows blocks"]) -> Int32[Array, "rows blocks"]:
-    """The block that is read next at each step: what is not seen is not fetched. Behind the
-    last one that is seen nothing is."""
+    """For each step the next block that is seen, so that no other is fetched; behind the
+    last one that is seen, that one."""
     n = seen.shape[1]
     blocks = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), seen.shape)
     coming = jax.lax.cummin(jnp.where(seen, blocks, n), axis=1, reverse=True)

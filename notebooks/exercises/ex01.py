@@ -80,7 +80,9 @@ def check_load_by_path(load_by_path: Callable) -> bool | None:
     )  # fmt: skip
     skeleton = eqx.filter_eval_shape(mx.Transformer, config, key=jr.key(0))
     random = np.random.default_rng(0)
-    model = jax.tree.map(lambda leaf: random.normal(size=leaf.shape), skeleton)
+    model = jax.tree.map(
+        lambda leaf: random.normal(size=leaf.shape).astype(np.float32), skeleton
+    )
     leaves = jax.tree_util.tree_leaves_with_path(model)
     spell = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
     arrays = {spell(path): leaf for path, leaf in leaves}

@@ -7,7 +7,7 @@ import numpy as np
 
 import mistral_eqx as mx
 
-from . import check_cases, todo, verdict
+from . import check_cases, plain, todo, verdict
 
 
 def check_band(band: Callable) -> bool | None:
@@ -32,6 +32,7 @@ def check_band(band: Callable) -> bool | None:
 def check_layers_needed(layers_needed) -> bool | None:
     if layers_needed is NotImplemented:
         return todo("layers_needed")
+    layers_needed = plain(layers_needed)
     number = int | float | np.integer | np.floating
     if isinstance(layers_needed, bool) or not isinstance(layers_needed, number):
         return verdict("layers_needed", "The answer is a number: how many layers.")

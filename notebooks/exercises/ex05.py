@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import call, todo, verdict
+from . import call, plain, todo, verdict
 
 
 def check_n_traces(n_traces: int) -> bool | None:
     if n_traces is NotImplemented:
         return todo("n_traces")
+    n_traces = plain(n_traces)
     traces = count_traces()
     slips = {
         2: "not only the shape of x makes a program new: a Python int is no array.",

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import call, todo, verdict
+from . import call, plain, todo, verdict
 
 
 def check_banned(banned: Callable) -> bool | None:
@@ -107,6 +107,7 @@ def draw_of_one_key(logits, seed: int) -> int:
 def check_gap(gap: float) -> bool | None:
     if gap is NotImplemented:
         return todo("gap")
+    gap = plain(gap)
     right = 1.5 * math.log(20)
     slips = {
         math.log(20): "That is the gap at temperature 1: where does the temperature go?",

@@ -5,7 +5,7 @@ from numbers import Integral
 
 import numpy as np
 
-from . import call, todo, verdict
+from . import call, plain, todo, verdict
 
 
 def check_messages(messages: Callable) -> bool | None:
@@ -101,6 +101,7 @@ def _wrong_rows(answer, rows: np.ndarray, order: np.ndarray) -> str | None:
 def check_microbatches(microbatches: int) -> bool | None:
     if microbatches is NotImplemented:
         return todo("microbatches")
+    microbatches = plain(microbatches)
     if isinstance(microbatches, bool) or not isinstance(microbatches, Integral | float):
         return verdict("microbatches", "The answer should be a number.")
     if not microbatches >= 1 or microbatches != int(min(microbatches, 10**9)):

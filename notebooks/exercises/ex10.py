@@ -64,7 +64,7 @@ def _wrong_grid(answer, row: jax.Array) -> str | None:
         )
     back = scale * (values - zero)
     worst = np.argmax(np.abs(back - row))
-    if np.abs(back - row)[worst] > 1.01 * step:
+    if np.abs(back - row)[worst] > 0.51 * step:
         return f"In {name}, {row[worst]:.3g} comes back as {back[worst]:.3g}."
     return None
 

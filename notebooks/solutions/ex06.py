@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def banned(tokens, n):
@@ -49,7 +50,7 @@ def draws_wrong_3(logits, n, key):
     return jnp.full(n, jnp.argmax(logits))
 
 
-gap = 1.5 * math.log(1 / 0.05)
+gap = 1.5 * np.log(1 / 0.05)
 gap_wrong = math.log(1 / 0.05)
 gap_wrong_2 = math.log(1 / 0.05) / 1.5
 gap_wrong_3 = 1.5 * math.log10(1 / 0.05)

@@ -38,7 +38,10 @@ diagnosis_wrong_3 = {"A": "axis", "B": "toward zero", "D": "twice", "E": "wraps"
 
 
 per_layer = 2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 14336 * 4096
-gigabytes = ((32 * per_layer + 32000 * 4096) * 4.5 / 8 + 32000 * 4096 * 2) / 1e9
+gigabytes = (
+    (32 * (2 * 4096**2 + 2 * 1024 * 4096 + 3 * 14336 * 4096) + 32000 * 4096) * 4.5 / 8
+    + 32000 * 4096 * 2
+) / 1e9
 
 gigabytes_wrong = (32 * per_layer + 2 * 32000 * 4096) / 2 / 1e9
 

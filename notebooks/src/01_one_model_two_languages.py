@@ -570,7 +570,9 @@ prompt_text = tokenizer.decode(prompt)
 assert tokenizer.encode(prompt_text) == prompt
 
 # %% [markdown]
-# The package writes with `mx.generate`, the one-file port with its own `generate`.
+# The package writes with `mx.generate`, the one-file port with its own `generate`. It keeps
+# its window of 64 here: its extra key shows only when more than 64 tokens are read at once,
+# and this prompt is shorter.
 
 # %%
 text_torch = tokenizer.decode(prompt + oracle("greedy", greedy_torch).astype(int).tolist())
@@ -609,8 +611,8 @@ for name in gaps:
 # width, so even `wo`, the matrix at the end of attention, fits when it is transposed.
 #
 # 1. **Half-split RoPE**: weights from Hugging Face, whose rows pair feature `i` with `i +
-#    16`, in a program that pairs neighbours. (transformers #31788 is this, for the keys
-#    alone.)
+#    16`, in a program that pairs neighbours. (A relative is transformers #31788: rows of
+#    `wq` and `wk` in a wrong order, when a GGUF was loaded.)
 # 2. **theta 1e6**: the base of the angles of a later Mistral.
 # 3. **Window + 1**: the reference's own slip.
 # 4. **eps 1e-3** for 1e-5: a default that nobody looked at.

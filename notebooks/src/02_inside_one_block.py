@@ -181,8 +181,9 @@ nb.check("max|Δ| of the output, input x 1000", thousand, lt=1e-3)
 # A row and a thousand times that row look the same to whatever reads them. That cannot hold
 # for the very smallest rows, next to which `eps` is no longer small.
 #
-# **Predict.** `eps` is 1e-5. Take a row of rms 1 and shrink it. At which rms does the norm
-# give it back at *half* its size: about 0.1, 0.002 or 0.00001?
+# **Predict.** `eps` is 1e-5. Take a row of rms 1 and shrink it. The norm gives it back
+# with an rms of 1 again, until `eps` is felt. At which rms of the row does the norm give
+# back one of only *one half*: about 0.1, 0.002 or 0.00001?
 
 # %%
 my_half = None  # 0.1, 0.002 or 0.00001
@@ -1092,7 +1093,7 @@ for name, _, one_file_gap, torch_gap in rows:
 #
 # **Exercise 1: grouped scores without copies** (●● 10 minutes). From queries `[T, H, d]`
 # and keys `[S, K, d]`, make the scores `[H, T, S]`: bare products, no scaling, no mask. The
-# checker also looks for copies of keys.
+# checker also looks for copies of keys, so use `jnp`.
 #
 # <details><summary>Hint</summary>
 #
@@ -1148,8 +1149,9 @@ ex02.check_from_halves(from_halves)
 #
 # <details><summary>Hint</summary>
 #
-# The first value that `mx.rope.rotation` returns at position 1 is the cosine of the speed.
-# Or solve for the pair by hand, with a logarithm. Once around is 2π.
+# The second value that `mx.rope.rotation` returns at position 1 is the sine of the speed.
+# For a slow pair that is the speed itself. (The cosine will not do: of a slow pair it
+# rounds to 1.) Or solve for the pair by hand, with a logarithm. Once around is 2π.
 #
 # </details>
 #
@@ -1169,7 +1171,7 @@ lost = f"{cost['no attention']}; in the wrong order {cost['kv heads swapped']}"
 shut_off = f"{cost['no feed-forward']}; gates open {cost['gates open']}"
 overflow = f"overflow: rms {bare_sizes[1]:.2g} after block 1, {bare_sizes[4]:.0e} after 4"
 rows = [
-    ["residual stream", "the sum of 13 arrays", f"a loss of {lens[0]:.1f} nats"],
+    ["residual stream", "the sum of 13 arrays", f"embeddings alone: {lens[0]:.1f} nats"],
     ["RMSNorm", "every reader gets numbers of about one", overflow],
     ["RoPE", "a score knows the distance", cost["no RoPE"]],
     ["heads, GQA", "8 attentions, 2 sets of keys", lost],

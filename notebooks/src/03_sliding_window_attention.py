@@ -413,9 +413,9 @@ losses = {w: float(loss[127:].mean()) for w, loss in by_position.items()}
 # %%
 nb03.windows(64, tried, [*losses.values()], halved)
 nb.caption(
-    "a window below that of the training hurts, and one above it does not help: it hurts "
-    "more. With halved positions the model is worse than as trained; but then a window of "
-    "128 is about as good as one of 64."
+    "a window of 8 hurts, and one of 32 hardly does. A window above that of the training "
+    "does not help: it hurts most. With halved positions the model is worse than as "
+    "trained; but then a window of 128 is about as good as one of 64."
 )
 
 # %%
@@ -684,9 +684,10 @@ nb.recap()
 
 # %%
 nb.say(
-    f"**The answer.** A token sees {keys_seen['package']} keys when the window is {W}, "
-    "its own among them; layer 6 of a model with a window of 64 can know about a token "
-    f"{reach[6]} positions back, through the tokens in between."
+    f"**The answer.** A token sees W keys, its own among them: {keys_seen['package']} when "
+    f"the window is {W}. Only the reference's prefill shows W + 1. Layer 6 of a model with "
+    f"a window of 64 can know about a token {reach[6]} positions back, through the tokens "
+    "in between."
 )
 
 # %% [markdown]

@@ -357,8 +357,8 @@ nb.check("bf16 keys with equal bits, share", float((ours == theirs).mean()), gt=
 #
 # 1. **The ring is too short**: it has three quarters of the slots that the window needs.
 # 2. **Positions a step ahead**: the length is advanced once too often, after the first
-#    token. So one slot is never written, and yet attended. (An earlier JAX port of Mistral
-#    does this at every step.)
+#    token. So one slot stays empty until the ring has come around, and yet it is
+#    attended. (An earlier JAX port of Mistral does this at every step.)
 # 3. **Keys stored before RoPE.** Then a key no longer says where it stands.
 # 4. **Values written where keys belong.** (The same earlier port stores V as K.)
 #
@@ -486,9 +486,9 @@ nb.check("a step ahead, position of the last wrong logits", last, gt=window - 1)
 
 # %%
 nb.say(
-    f"The score depends only on the distance. So the logits are right again from position "
-    f"{last + 1} on. (That is later than {window}, because a layer above still holds keys "
-    "that were computed while the fault was there.)"
+    "The score depends only on the distance. So the fault dies out: from position "
+    f"{last + 1} on no logit is off by more than 0.01. (That is later than {window}, "
+    "because a layer above still holds keys that were computed while the fault was there.)"
 )
 
 # %% [markdown]
@@ -664,8 +664,8 @@ nb.check("max|Δ| of the final keys, any chunk and the largest", drift, lt=1e-3)
 nb.check("most programs for one prompt", max(row[3] for row in rows), lt=8)
 
 # %% [markdown]
-# A chunk that is no power of two ends in smaller pieces: `chunk_sizes` takes what is left
-# in powers of two, so that prompts of *any* length need few programs. Time and memory go
+# A prompt need not be a multiple of the chunk. `chunk_sizes` takes what is left in powers
+# of two, so that prompts of *any* length need few programs. Time and memory go
 # different ways:
 
 # %%

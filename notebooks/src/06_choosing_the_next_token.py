@@ -102,8 +102,9 @@ quarter = int((chances[free] > best[1] / 4).sum()) - 1
 nb.check("others with a quarter of the best one's probability, free", quarter, gt=7)
 
 # %% [markdown]
-# **Top-p** keeps the smallest set of tokens whose probabilities sum to `p`, and drops the
-# rest (Holtzman et al., who call it nucleus sampling). A common value is 0.9.
+# **Top-p** keeps the smallest set of the most probable tokens whose probabilities sum to at
+# least `p`, and drops the rest (Holtzman et al., who call it nucleus sampling). A common
+# value is 0.9.
 #
 # **Predict.** How many of the 2,048 tokens does top-p 0.9 keep after "The king is": up to
 # 10, up to 50, or more than 200?
@@ -1137,8 +1138,8 @@ print(*[f"My lord, I {text}" for text in ours], sep="\n---\n")
 #
 # **Exercise 1: no n-gram twice** (●● 10 minutes). An **n-gram** is `n` tokens in a row.
 # The blunt cure for loops forbids every token that would complete an n-gram which the
-# text already has. Give the set of these ids. (Then use it as `change` in our loop: does
-# the text become better?)
+# text already has. Give the set of these ids. (Then use it in `naive_text`: set the logits
+# of these ids to `-jnp.inf` before the draw. Does the text become better?)
 #
 # <details><summary>Hint</summary>
 #

@@ -178,7 +178,7 @@ nb.guess(
     int(round(100 * part, -1)),
     why={
         25: "that is what each text reads; but they choose different ones.",
-        60: "all eight miss an expert with probability 0.75 to the power of 8, or 0.1.",
+        60: "all eight miss an expert with probability 0.75 to the power of 8: 0.1.",
         100: "nearly: a tenth is still missed.",
     },
 )

@@ -135,7 +135,7 @@ nb.check("logsumexp of noise of variance 1, over ln V", gap, near=0.5)
 nb.check("variance of the new model's logits", float(logits.var()), near=1, rtol=0.3)
 
 # %% [markdown]
-# The cause is in the last two lines. There is no model in the first of them: if logits are
+# The last two checks show the cause. The first of them has no model in it: if logits are
 # noise of variance 1, the logarithm of the sum of their exponentials is ln V + 1/2. And
 # the package draws its weights so that logits begin with variance 1. So the cheapest test
 # of a training program is **one number, before the first step**.
@@ -572,8 +572,9 @@ nb.check("judge: nats of the text at step 100, less at 1,000",
 # %%
 nb.say(
     f"**Takeaway.** {1000 * 5 * 64:,} tokens take the loss from {measured[0]:.2f} to "
-    f"{measured[1000]:.2f}: past what a table of tokens knows ({single:.2f}), to what "
-    f"one of pairs knows ({pairs:.2f}), with {2048**2 / n_weights:.0f} times fewer numbers."
+    f"{measured[1000]:.2f}: past what a table of tokens knows ({single:.2f}), to about "
+    f"what one of pairs knows ({pairs:.2f}), with {2048**2 / n_weights:.0f} times fewer "
+    "numbers."
 )
 
 # %% [markdown]

@@ -1048,7 +1048,9 @@ nb.show_source(mx.kernels.quantized.quantized_product_on_cpu)
 # all weights in advance.) With fewer than four rows, values become floats inside the loop
 # that multiplies them. From four rows on the product is made in blocks that fit the CPU's
 # cache: the floats of a block are written there, and then multiplied as any floats are.
-# That is all the work of float32, and a conversion before it. How much is each?
+# That is all the multiplying of float32, and a conversion before it. But a quarter of the
+# bytes comes from memory, and the blocks are cut in another way than in the compiler's own
+# product. So only a clock can say how much is each.
 
 # %%
 ms = {name: [1000 * t.median for t in timings] for name, timings in seconds.items()}
@@ -1069,8 +1071,8 @@ nb.say(
     f"**Takeaway.** int8 reads {fewer:.1f} times fewer bytes, and multiplies as many "
     f"floats as float32. Here it takes {ratio[0]:.2f} times as long as float32 for one "
     f"row, {ratio[1]:.2f} times for 4, and {ratio[-1]:.2f} times for {n_rows[-1]}. Eight "
-    "bits always save memory. They save time only where reading the weights takes most of "
-    "it."
+    "bits always save memory. Whether they save time has to be measured. They do most "
+    "surely where reading the weights takes most of the time."
 )
 
 # %% [markdown]
@@ -1078,8 +1080,8 @@ nb.say(
 #
 # **Exercise 1: a zero point after all** (●● 15 minutes). Activations often lie to one side
 # of zero. Return `values` from 0 to 255, a `scale` and a `zero`, so that a row is nearly
-# `scale * (values - zero)`. The grid should reach from the smallest number to the largest,
-# and 0 must come back as exactly 0.
+# `scale * (values - zero)`. Each number goes to the nearest value. The grid should reach
+# from the smallest number to the largest, and 0 must come back as exactly 0.
 #
 # <details><summary>Hint</summary>
 #

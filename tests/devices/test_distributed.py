@@ -176,3 +176,10 @@ def test_mistakes(arguments, words, capsys):
     chat = ["chat", "--mesh", "model=2", "--coordinator", "h:1"]
     assert main([*chat, "--num-processes", "2", "--process-id", "0"]) == 2
     assert "A conversation is held with one process" in capsys.readouterr().err
+
+
+def test_a_process_needs_all_three():
+    from mistral_eqx.devices.processes import connect
+
+    with pytest.raises(ValueError, match="Give coordinator, num_processes and process_id"):
+        connect("localhost:1234")

@@ -611,3 +611,13 @@ def test_plan_is_what_comes_true(saved, capsys):
     number = lambda name: float(re.search(r"([\d.]+) [kM]B a device", told[name])[1])
     assert number("weights") * 1e3 == pytest.approx(max(held(model).values()), rel=0.1)
     assert number("cache") * 1e3 == pytest.approx(max(held(cache).values()), rel=0.1)
+
+
+def test_what_is_no_mesh(unchecked, tmp_path):
+    model = random_model()
+    mx.save(model, tmp_path / "saved")
+    told = "mesh must be a jax.sharding.Mesh, got 'data=2'"
+    with pytest.raises(TypeError, match=told):
+        mx.shard(model, "data=2")
+    with pytest.raises(TypeError, match=told):
+        mx.load_model(tmp_path / "saved", mesh="data=2")

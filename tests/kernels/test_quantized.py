@@ -1,11 +1,13 @@
 """Weights in eight and four bits: the numbers, and models that hold them."""
 
+import re
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import random_model, random_tokens
+from models import close, random_model, random_tokens
 
 import mistral_eqx as mx
 from mistral_eqx.config import MoEConfig
@@ -200,6 +202,18 @@ def test_loading_holds_no_full_weight(tmp_path):
     # Each is read once.
     read = sum(size for size, name in largest if name == "output.weight")
     assert read == 4096 * 32 * 4
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="how a CPU multiplies")
+def test_blocks_of_any_number_of_rows():
+    """32,002 ids, which derived models have, are 2 times a prime number."""
+    parts = quantized(jnp.asarray(normal(32002, 64)), "int8")
+    compiled = jax.jit(quantized_product).lower(jnp.ones((16, 64)), *parts).compile()
+    (n_blocks,) = re.findall(r'known_trip_count":{"n":"(\d+)"', compiled.as_text())
+    assert int(n_blocks) == 2
+    x = jnp.asarray(normal(16, 64))
+    expected = x @ (parts[0].astype(jnp.float32) * parts[1]).T
+    close(compiled(x, *parts), expected, 1e-5)
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="how a CPU multiplies")
