@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -47,6 +48,7 @@ from .options import (
     add_model,
     add_quantize,
     adder,
+    check_counts,
     folder_of,
     mesh_of,
 )
@@ -148,8 +150,11 @@ def run(options: argparse.Namespace) -> None:
         raise FileExistsError(f"{out} is there already. Move it, or train elsewhere.")
     if options.full and (options.adapter or options.quantize):
         raise ValueError("--full trains all weights: give no --adapter and no --quantize.")
-    if options.steps is None and not options.epochs > 0:
+    if not 0 < options.epochs < math.inf:
         raise ValueError(f"--epochs must be above 0, got {options.epochs}.")
+    check_counts(options, "batch_size", "seq_len", "parts")
+    if options.steps is not None:
+        check_counts(options, "steps")
     kind = _kind(options)
     tokenizer = load_checked_tokenizer(folder_of(options))
     data, held_out, labels = _read(options, kind, tokenizer)
@@ -183,6 +188,12 @@ def run(options: argparse.Namespace) -> None:
 
 def _kind(options: argparse.Namespace) -> str:
     """What the data are: "texts", "examples" or "labels"."""
+    for file in options.data:
+        if ".json" in Path(file).name.lower() and Path(file).suffix != ".jsonl":
+            raise ValueError(
+                f"{file} is read as text by its name. Examples are read from files whose "
+                "names end in .jsonl: unpack it, or rename it."
+            )
     kinds = {Path(file).suffix == ".jsonl" for file in options.data}
     if len(kinds) == 2:
         raise ValueError("--data has texts and .jsonl files: give one kind.")

@@ -55,6 +55,10 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit status: 0, 2 for an error of the user's, which
     is told in one line, 130 if interrupted."""
+    # A stream that the shell has closed is `None`.
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
     options = make_parser().parse_args(arguments)
     if not options.no_compilation_cache:
         _keep_programs()
@@ -64,6 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         return 0
     except jax.errors.JaxRuntimeError as error:
+        if not options.debug and "RESOURCE_EXHAUSTED" in str(error):
+            complain(f"There is not enough memory: {str(error).splitlines()[0]}")
+            return 2
         if options.debug or jax.process_count() == 1:
             raise
         complain(f"Process {jax.process_index()} cannot go on without the others: {error}")

@@ -7,6 +7,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from .. import arguments
 from ..devices.mesh import AXES, make_mesh, parse_mesh
 from ..kernels.quantized import SCHEMES
 from ..sampling import Sampling, SamplingOptions
@@ -205,6 +206,13 @@ def sampling_of(options: argparse.Namespace) -> dict[str, Any]:
     Sampling(**numbers)
     others = {name: getattr(options, name) for name in ("max_tokens", "seed", "stop")}
     return numbers | others
+
+
+def check_counts(options: argparse.Namespace, *names: str) -> None:
+    """Raises `ValueError` for an option that is below 1, or more than 32 bits hold."""
+    for name in names:
+        arguments.integer(name, getattr(options, name), least=1)
+    arguments.integer("seed", options.seed, most=2**63 - 1)
 
 
 def check_max_tokens(options: argparse.Namespace) -> None:

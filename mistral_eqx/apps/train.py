@@ -20,7 +20,7 @@ from ..learning.tokenizers import train_tokenizer
 from ..text import TINY_MISTRAL
 from ..tokenizer import Tokenizer, check_vocabulary
 from ..transformer import Transformer
-from .options import add_corpus, add_devices, adder, mesh_of
+from .options import add_corpus, add_devices, adder, check_counts, mesh_of
 from .terminal import read_text, split_held_out
 
 
@@ -64,6 +64,7 @@ def run(options: argparse.Namespace) -> None:
     out = Path(options.out)
     if out.exists():
         raise FileExistsError(f"{out} is there already. Move it, or train elsewhere.")
+    check_counts(options, "steps", "batch_size", "seq_len")
     config = read_config(options.params)
     mesh = mesh_of(options)
     texts = [split_held_out(read_text(file)) for file in options.corpus]
@@ -90,7 +91,13 @@ def _train(
     tokenizer_path, checkpoint = work / "tokenizer.model", work / "checkpoint.eqx"
     writes = jax.process_index() == 0
     if writes and options.tokenizer is not None:
-        shutil.copyfile(options.tokenizer, tokenizer_path)
+        given = Path(options.tokenizer).read_bytes()
+        if checkpoint.exists() and tokenizer_path.read_bytes() != given:
+            raise ValueError(
+                f"{work} holds a run with another tokenizer. Start the command of that run "
+                "again, or move the folder."
+            )
+        tokenizer_path.write_bytes(given)
     elif writes and not checkpoint.exists():
         # What an attempt without one has left may be of other texts.
         learnt = "\n".join(text for text, _ in texts)

@@ -50,7 +50,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
     `FileExistsError` if another process is writing the same folder.
     """
-    partial = target.with_name(target.name + ".partial")
+    partial = _partial(target)
     with locked(partial):
         for left in partial.iterdir():
             shutil.rmtree(left) if left.is_dir() else left.unlink()
@@ -74,13 +74,24 @@ def whole_folder(target: Path) -> Iterator[Path]:
 def whole_file(target: Path) -> Iterator[Path]:
     """Yields the path of a file to write, which becomes `target` at the end, or is deleted
     after an error. Otherwise it is as [`whole_folder`][]."""
-    partial = target.with_name(target.name + ".partial")
+    partial = _partial(target)
     with locked(partial):
         try:
             yield partial / target.name
             os.replace(partial / target.name, target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _partial(target: Path) -> Path:
+    """The folder that is written first. What it holds is deleted, so it must not be a link
+    to something else."""
+    partial = target.with_name(target.name + ".partial")
+    if partial.is_symlink() or partial.is_file():
+        raise FileExistsError(
+            f"{partial} is in the way: {target.name} is written there first. Move it."
+        )
+    return partial
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -48,6 +48,7 @@ from .weights import (
     Index,
     StackedTensors,
     StoredTensor,
+    checked_dtype,
     common_dtype,
     open_safetensors,
     open_torch,
@@ -305,7 +306,8 @@ def load_checkpoint(
         shardings = [shardings] * len(leaves)
     else:
         shardings = treedef.flatten_up_to(shardings)
-    dtype = np.dtype(_default_dtype(checkpoint) if dtype is None else dtype)
+    dtype = _default_dtype(checkpoint) if dtype is None else checked_dtype(dtype)
+    dtype = np.dtype(dtype)
     bar = tqdm(
         desc="load",
         total=sum(leaf.size * _dtype(path, leaf, dtype).itemsize for path, leaf in leaves),

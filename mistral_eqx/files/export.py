@@ -6,12 +6,11 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
@@ -19,11 +18,11 @@ from ..arguments import say_once
 from ..config import ModelConfig
 from ..tokenizer import Tokenizer, load_tokenizer
 from ..transformer import Transformer
-from .adapters import Adapters
+from .adapters import Adapters, listed
 from .atomic import whole_file, whole_folder
 from .checkpoint import open_checkpoint
 from .config_json import config_to_json
-from .folders import CONFIGS, GGUF, HUGGINGFACE, MISTRAL
+from .folders import CONFIGS, GGUF, HUGGINGFACE, MISTRAL, holds_weights
 from .gguf import read_metadata
 from .gguf_export import TYPES, GgufFile
 from .gguf_tokenizer import chat_template, tokenizer_file
@@ -31,25 +30,24 @@ from .huggingface import huggingface_name, to_huggingface
 from .names import model_tensors, weight_shapes
 from .params import config_to_params
 from .weights import (
-    DTYPES,
     NAMES,
     StoredTensor,
+    checked_dtype,
     common_dtype,
     write_safetensors,
 )
 
 
 _TEMPLATE = "chat_template.jinja"
-# What is not weights but goes with them.
-_COMPANIONS = (
-    "tokenizer.model",
-    "tokenizer.model.v*",
-    "tekken.json",
-    "tokenizer.json",
+# What is not weights but goes with them: tokenizers, and what describes one.
+_TOKENIZERS = ("tokenizer.model", "tokenizer.model.v*", "tekken.json", "tokenizer.json")
+_DESCRIPTIONS = (
+    "added_tokens.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     _TEMPLATE,
     "chat_template.json",
+    "additional_chat_templates/*.jinja",
     "generation_config.json",
 )
 
@@ -78,7 +76,7 @@ def save(
         `"q8_0"` and `"q4_0"`, which are eight and four bits.
     - `max_shard_size`: the most bytes in one file of Hugging Face's format: 5e9 or "5GB".
     - `tokenizer`: a [`Tokenizer`][mistral_eqx.Tokenizer] or the path of its file, to put
-        beside the weights.
+        beside the weights; with the former also what describes it in its folder.
     - `companions`: other files to put into the folder, by their names.
     - `force`: whether to replace a folder with a model in it.
 
@@ -90,7 +88,6 @@ def save(
     tensors = model_tensors(model)
     if tokenizer is not None and not hasattr(tokenizer, "path"):
         tokenizer = Tokenizer(tokenizer) if format == GGUF else Path(tokenizer)
-    path = getattr(tokenizer, "path", tokenizer)
     if format == GGUF:
         _write_gguf(model.config, tensors, Path(folder), dtype, tokenizer, force=force)
         return
@@ -101,7 +98,7 @@ def save(
         format=format,
         dtype=dtype,
         max_shard_size=max_shard_size,
-        companions=({} if path is None else {path.name: path}) | dict(companions or {}),
+        companions=tokenizer_files(tokenizer) | dict(companions or {}),
         force=force,
     )
 
@@ -139,11 +136,13 @@ def convert(
         format = GGUF
     elif format is None:
         format = MISTRAL if checkpoint.format == HUGGINGFACE else HUGGINGFACE
+    adapters = [] if adapter is None else listed(adapter)
+    sources = [checkpoint.folder, *(Path(path) for path, _ in adapters)]
     order = weight_shapes(checkpoint.config)
     tensors = {name: checkpoint.tensors[name] for name in order}
     if format == GGUF:
         tokenizer = _tokenizer_of(checkpoint.folder)
-        options = {"force": force, "source": checkpoint.folder}
+        options = {"force": force, "sources": sources}
         _write_gguf(checkpoint.config, tensors, target, dtype, tokenizer, **options)
         return
     write_folder(
@@ -155,16 +154,37 @@ def convert(
         max_shard_size=max_shard_size,
         companions=_companions(checkpoint.folder),
         force=force,
-        source=checkpoint.folder,
+        sources=sources,
     )
+
+
+def tokenizer_files(tokenizer: Tokenizer | Path | None) -> dict[str, Path | bytes]:
+    """What to write so that a tokenizer is read again, by the names of the files."""
+    if tokenizer is None:
+        return {}
+    if isinstance(tokenizer, Path):
+        return {tokenizer.name: tokenizer}
+    if tokenizer.path.suffix == ".gguf":
+        return _in_metadata(tokenizer.path)
+    return _found(tokenizer.path.parent, (tokenizer.path.name, *_DESCRIPTIONS))
+
+
+def _found(folder: Path, patterns: Sequence[str]) -> dict[str, Path | bytes]:
+    files = (file for pattern in patterns for file in folder.glob(pattern))
+    return {file.relative_to(folder).as_posix(): file for file in files}
 
 
 def _companions(source: Path) -> dict[str, Path | bytes]:
     """What goes with the weights of a folder or a GGUF, by the names of the files."""
     folder = source.parent if source.is_file() else source
-    files = [file for pattern in _COMPANIONS for file in folder.glob(pattern)]
-    if source == folder or any("token" in f.name or "tekken" in f.name for f in files):
-        return {file.name: file for file in files}
+    files = _found(folder, (*_TOKENIZERS, *_DESCRIPTIONS))
+    if source == folder or any("token" in name or "tekken" in name for name in files):
+        return files
+    return _in_metadata(source)
+
+
+def _in_metadata(source: Path) -> dict[str, Path | bytes]:
+    """The tokenizer and the chat template of a GGUF."""
     metadata = read_metadata(source)
     if "tokenizer.ggml.tokens" not in metadata:
         return {}
@@ -189,12 +209,14 @@ def _write_gguf(
     tokenizer: Tokenizer | None,
     *,
     force: bool,
-    source: Path | None = None,
+    sources: Sequence[Path] = (),
 ) -> None:
     if target.suffix != ".gguf":
         raise ValueError(f"The name of a GGUF must end in .gguf, got {target.name!r}.")
+    if target.is_dir():
+        raise FileExistsError(f"{target} is a folder, and a GGUF is a file.")
     dtype = common_dtype(tensors.values()) if dtype is None else dtype
-    kind = dtype if dtype in TYPES else NAMES[_checked_dtype(dtype)].lower()
+    kind = dtype if dtype in TYPES else NAMES[checked_dtype(dtype)].lower()
     path = None if tokenizer is None else tokenizer.path
     if path is None or path.name == "tokenizer.json":
         path = None
@@ -207,7 +229,7 @@ def _write_gguf(
     if jax.process_index() > 0:
         file.write(Path(os.devnull), lambda _: None)
         return
-    _check_target(target, force=force, source=source)
+    target = _checked_target(target, force=force, sources=sources)
     target.parent.mkdir(parents=True, exist_ok=True)
     with _room_for(target, file.size), whole_file(target) as partial:
         with tqdm(
@@ -226,7 +248,7 @@ def write_folder(
     companions: Mapping[str, Path | bytes],
     force: bool,
     max_shard_size: int | str = "5GB",
-    source: Path | None = None,
+    sources: Sequence[Path] = (),
     changes: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes tensors under Mistral's names as a folder in a format. `changes` are what is
@@ -234,7 +256,7 @@ def write_folder(
     # All checks come before the first byte is written.
     if format not in CONFIGS:
         raise ValueError(f"format must be mistral, huggingface or gguf, got {format!r}.")
-    dtype = None if dtype is None else _checked_dtype(dtype)
+    dtype = None if dtype is None else checked_dtype(dtype)
     sizes = {
         name: tensor.size * (tensor.kept_dtype if dtype is None else dtype).itemsize
         for name, tensor in tensors.items()
@@ -258,13 +280,14 @@ def write_folder(
     for file in companions.values():
         if isinstance(file, Path) and not file.is_file():
             raise FileNotFoundError(f"There is no tokenizer at {file}.")
-    _check_target(folder, force=force, source=source)
+    folder = _checked_target(folder, force=force, sources=sources)
     folder.parent.mkdir(parents=True, exist_ok=True)
     total = sum(sizes.values())
     with _room_for(folder, total), whole_folder(folder) as partial:
         _write_json(partial / CONFIGS[format], content)
         for name, file in companions.items():
             content = file if isinstance(file, bytes) else file.read_bytes()
+            (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).write_bytes(content)
         if format == HUGGINGFACE:
             _describe_tokenizer(partial)
@@ -277,19 +300,6 @@ def write_folder(
             places = {new_names[n]: file for file, names in shards.items() for n in names}
             index = {"metadata": {"total_size": total}, "weight_map": places}
             _write_json(partial / "model.safetensors.index.json", index)
-
-
-def _checked_dtype(dtype: DTypeLike) -> np.dtype:
-    try:
-        dtype = np.dtype(dtype)
-    except TypeError as error:
-        raise ValueError(
-            "dtype must be bfloat16, float16 or float32, or in a GGUF q8_0 or q4_0, got "
-            f"{dtype!r}."
-        ) from error
-    if dtype not in DTYPES.values():
-        raise ValueError(f"dtype must be bfloat16, float16 or float32, got {dtype}.")
-    return dtype
 
 
 @contextlib.contextmanager
@@ -332,21 +342,27 @@ def _describe_tokenizer(folder: Path) -> None:
     _write_json(folder / "tokenizer_config.json", content)
 
 
-def _check_target(folder: Path, *, force: bool, source: Path | None) -> None:
+def _checked_target(folder: Path, *, force: bool, sources: Sequence[Path]) -> Path:
+    """What to write, behind symbolic links, which stay. Raises if it must not be."""
+    folder = folder.resolve()
+    if not folder.name:
+        raise FileExistsError(f"{folder} is no place for a model: give a folder to make.")
     inside = next(parent for parent in folder.absolute().parents if parent.exists())
     if not inside.is_dir():
         raise NotADirectoryError(f"{inside} is a file: {folder} cannot be made in it.")
     if not folder.exists():
-        return
+        return folder
     if not force:
         raise FileExistsError(
             f"{folder} is there already. Move it, choose another, or force it."
         )
     is_gguf = folder.suffix == ".gguf" and folder.is_file()
-    if not is_gguf and not any((folder / name).is_file() for name in CONFIGS.values()):
+    if not is_gguf and not holds_weights(folder):
         raise FileExistsError(f"{folder} holds no model, and is not replaced.")
-    if source is not None and source.resolve().is_relative_to(folder.resolve()):
-        raise FileExistsError(f"{folder} holds what is converted, and is not replaced.")
+    for kept in sources:
+        if kept.resolve().is_relative_to(folder):
+            raise FileExistsError(f"{folder} holds what is converted, and is not replaced.")
+    return folder
 
 
 def _shards(sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:

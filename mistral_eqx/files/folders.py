@@ -39,6 +39,15 @@ _WEIGHTS = {
 }
 
 
+def holds_weights(folder: Path) -> bool:
+    """Whether a folder has the config and the weights of a model, in any format."""
+    return any(
+        (folder / name).is_file()
+        and any(_found(folder, pattern) for pattern in _WEIGHTS[format])
+        for format, name in CONFIGS.items()
+    )
+
+
 _ADAPTERS = ("adapter_config.json", "adapter_model.*", "*lora*.safetensors")
 
 

@@ -18,7 +18,7 @@ from ..heads.classifier import Classifier, without_output
 from ..tokenizer import Tokenizer, load_checked_tokenizer
 from ..transformer import Transformer
 from .checkpoint import Checkpoint, load_checkpoint, open_trunk
-from .export import write_folder
+from .export import tokenizer_files, write_folder
 from .folders import HUGGINGFACE, located, read_json_file
 from .hub import local_folder
 from .names import model_tensors, stored_array
@@ -134,14 +134,13 @@ def save_classifier(
     }
     tensors = model_tensors(classifier.model)
     tensors[_SCORE] = stored_array(_SCORE, classifier.score.weight, ())
-    path = None if tokenizer is None else tokenizer.path
     write_folder(
         classifier.config,
         tensors,
         Path(arguments.path("folder", folder)),
         format=HUGGINGFACE,
         dtype=dtype,
-        companions=({} if path is None else {path.name: path}) | dict(companions or {}),
+        companions=tokenizer_files(tokenizer) | dict(companions or {}),
         changes=changes,
         force=force,
     )

@@ -11,6 +11,7 @@ import pickle
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -36,6 +37,22 @@ _SIZES = {name: dtype.itemsize for name, dtype in READABLE.items()} | {"I8": 1, 
 _KEPT = DTYPES | {"F64": DTYPES["F32"], "F8_E4M3": DTYPES["BF16"]}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Index = tuple[slice, ...]
+
+
+def checked_dtype(dtype: Any) -> np.dtype:
+    """Raises `ValueError` for a dtype that weights cannot have."""
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        found = None
+    if found not in NAMES:
+        raise ValueError(
+            "dtype must be bfloat16, float16 or float32, got "
+            f"{dtype if found is None else found}. (A GGUF may also be q8_0 or q4_0.)"
+        )
+    return found
+
+
 # How many bytes are read at once, so that little beside the result is ever in memory.
 PIECE = 2**24
 

@@ -123,7 +123,7 @@ def fit(
         "seed": seed,
         "dtype": state.dtype.name,
         "text": data.checksum,
-        "adapter": _adapter(model),
+        "adapter": _adapter(model, frozen),
     }
     if checkpoint is not None:
         checkpoint = Path(arguments.path("checkpoint", checkpoint))
@@ -192,14 +192,16 @@ def _held_out_loss(
     return float(sum(map(float, totals)) / max(1, sum(map(int, counts))))
 
 
-def _adapter(model: Model) -> list[Any]:
+def _adapter(model: Model, frozen: Model) -> list[Any]:
     """What an adapter and its base are, beside the numbers that are trained: `[]` without
-    one."""
+    one. Of each frozen array the first row says which it is."""
     scales = [(n, v.scale) for n, v in linear_layers(model) if isinstance(v, LoRALinear)]
     if not scales:
         return []
-    base = np.asarray(to_host(model.norm.weight), np.float32)
-    return [zlib.crc32(repr(scales).encode()), zlib.crc32(base.tobytes())]
+    arrays = [leaf for leaf in jax.tree.leaves(frozen) if eqx.is_array(leaf)]
+    rows = jax.jit(lambda leaves: [leaf[(0,) * (leaf.ndim - 1)] for leaf in leaves])(arrays)
+    base = zlib.crc32(b"".join(row.tobytes() for row in to_host(rows)))
+    return [zlib.crc32(repr(scales).encode()), base]
 
 
 @contextlib.contextmanager

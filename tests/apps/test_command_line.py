@@ -605,3 +605,23 @@ def test_help_has_an_example(command, capsys):
         main([command, "--help"])
     assert exit.value.code == 0
     assert f"example: python -m mistral_eqx {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_a_stream_may_be_closed(closed):
+    command = f"{sys.executable} -m mistral_eqx generate To --max-tokens 1 {closed}"
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, env=os.environ | SETTINGS
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (done.stdout == b"") == (closed == ">&-")
+
+
+def test_too_little_memory_is_told_in_a_line(monkeypatch, capsys):
+    def allocate(options):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nAt: here")
+
+    monkeypatch.setattr("mistral_eqx.apps.demo.run", allocate)
+    assert main(["demo"]) == 2
+    told = "mistral_eqx: There is not enough memory: RESOURCE_EXHAUSTED: Out of memory\n"
+    assert capsys.readouterr().err == told

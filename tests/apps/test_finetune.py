@@ -204,7 +204,13 @@ def test_errors(saved, folder, text, talk, tmp_path, capsys):
     assert "rank must be 1 or more, got 0" in error("--data", text, "--lora-rank", 0)
     assert "No layer's name fits 'q_proj'" in error("--data", text, "--layers", "q_proj")
     assert "seq_len must be 1 or more" in error("--data", talk, "--seq-len", 0)
-    assert "--epochs must be above 0" in error("--data", talk, "--epochs", 0)
+    for wrong in (0, "inf"):
+        assert "--epochs must be above 0" in error("--data", talk, "--epochs", wrong)
+    assert "batch_size must be 1 or more" in error("--data", talk, "--batch-size", 0)
+    assert "parts must be 1 or more" in error("--data", talk, "--parts", 0)
+    assert "seed must be 0 or more" in error("--data", talk, "--seed", -1, "--dry-run")
+    for name in ("talk.json", "talk.jsonl.xz", "talk.JSONL"):
+        assert "names end in .jsonl" in error("--data", tmp_path / name)
     assert "held-out share must be" in error("--data", text, "--held-out", 2)
     assert "fewer than one sequence" in error("--data", text, "--seq-len", 100_000)
     assert "nothing to learn from" in error("--data", talk, "--held-out", 0.99)

@@ -18,12 +18,14 @@ import numpy as np
 import pytest
 import transformers
 from layouts import assert_is_mixtral, assert_same_bits, weights_of, write_raw
+from models import random_model
 
 import mistral_eqx
 from mistral_eqx import convert, load_model, save
 from mistral_eqx.files import atomic, export, weights
 from mistral_eqx.files.checkpoint import open_checkpoint
 from mistral_eqx.text import TINY_MISTRAL
+from mistral_eqx.tokenizer import load_tokenizer
 
 
 @pytest.mark.parametrize("format", ["mistral", "huggingface"])
@@ -103,9 +105,60 @@ def test_nothing_is_overwritten(tmp_path):
     with pytest.raises(FileExistsError, match="holds what is converted"):
         convert(raw, raw, force=True)
     (tmp_path / "hf/config.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="holds no model, and is not replaced"):
+        convert(raw, tmp_path / "hf", force=True)
+    (tmp_path / "hf/model.safetensors").write_text("")
     convert(raw, tmp_path / "hf", force=True)
     assert_same_bits(tmp_path / "hf", "v0.3")
     assert {path.name for path in tmp_path.iterdir()} == {"raw", "hf", "full"}
+
+
+def test_links_stay(tmp_path):
+    """What a link points to is replaced, and what is behind the link of another is not
+    touched."""
+    raw = write_raw(tmp_path / "raw")
+    convert(raw, tmp_path / "real")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    convert(raw, tmp_path / "link", force=True)
+    assert (tmp_path / "link").is_symlink()
+    assert_same_bits(tmp_path / "real", "v0.3")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("mine")
+    (tmp_path / "new.partial").symlink_to(tmp_path / "mine")
+    with pytest.raises(FileExistsError, match="new.partial is in the way"):
+        convert(raw, tmp_path / "new")
+    assert (tmp_path / "mine/notes.txt").read_text() == "mine"
+    for wrong in ("/", "."):
+        with pytest.raises(FileExistsError):
+            convert(raw, wrong)
+    (tmp_path / "a.gguf").mkdir()
+    with pytest.raises(FileExistsError, match="is a folder, and a GGUF is a file"):
+        convert(raw, tmp_path / "a.gguf", format="gguf", force=True)
+
+
+def test_a_tokenizer_is_saved_whole(tmp_path):
+    """With its added tokens and templates, from a folder, and from a GGUF's metadata."""
+    source = tmp_path / "chatml"
+    convert(TINY_MISTRAL, source, format="huggingface")
+    added = {"<|im_end|>": 2048, "<|im_start|>": 2049}
+    (source / "added_tokens.json").write_text(json.dumps(added))
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates/tool_use.jinja").write_text("tools")
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    model = random_model(vocab_size=2050)
+    save(model, tmp_path / "saved", tokenizer=load_tokenizer(source))
+    for folder in ("saved", "converted"):
+        if folder == "converted":
+            convert(tmp_path / "saved", tmp_path / folder)
+        _, found = mistral_eqx.load(tmp_path / folder)
+        assert found.vocab_size == 2050
+        assert (found.chat_template, found.tool_template) == ("{{ messages }}", "tools")
+    convert(TINY_MISTRAL, tmp_path / "x.gguf")
+    model, tokenizer = mistral_eqx.load(tmp_path / "x.gguf")
+    save(model, tmp_path / "of_gguf", tokenizer=tokenizer)
+    _, tokenizer = mistral_eqx.load(tmp_path / "of_gguf")
+    assert tokenizer.encode("To be") == load_tokenizer(TINY_MISTRAL).encode("To be")
+    assert not list((tmp_path / "of_gguf").glob("*.gguf"))
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])

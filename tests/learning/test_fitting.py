@@ -135,6 +135,21 @@ def test_a_checkpoint_of_another_run(checkpoint):
 
 
 @trains
+def test_an_adapter_goes_on_with_its_own_base_alone(tmp_path):
+    """Of models that differ in one matrix, and of weights in eight bits and full."""
+    model = small_model()
+    options = OPTIONS | {"steps": 1, "checkpoint": tmp_path / "checkpoint"}
+    adapted = lambda base: mx.add_lora(base, key=jax.random.key(0))
+    fit(adapted(model), TEXT, TEXT, **options)
+    fit(adapted(model), TEXT, TEXT, **options)
+    place = lambda m: m.layers[0].attention.wo.weight
+    other = eqx.tree_at(place, model, 2 * place(model))
+    for base in (other, mx.quantize(model, "int8")):
+        with pytest.raises(ValueError, match="another run: adapter|another shape"):
+            fit(adapted(base), TEXT, TEXT, **options)
+
+
+@trains
 @pytest.mark.parametrize("size", [0, 10, 1000, -1])
 def test_a_damaged_checkpoint(checkpoint, size):
     checkpoint.write_bytes(checkpoint.read_bytes()[:size])
