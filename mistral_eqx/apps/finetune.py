@@ -153,8 +153,6 @@ def run(options: argparse.Namespace) -> None:
     if not 0 < options.epochs < math.inf:
         raise ValueError(f"--epochs must be above 0, got {options.epochs}.")
     check_counts(options, "batch_size", "seq_len", "parts")
-    if options.steps is not None:
-        check_counts(options, "steps")
     kind = _kind(options)
     tokenizer = load_checked_tokenizer(folder_of(options))
     data, held_out, labels = _read(options, kind, tokenizer)

@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
     out = Path(options.out)
     if out.exists():
         raise FileExistsError(f"{out} is there already. Move it, or train elsewhere.")
-    check_counts(options, "steps", "batch_size", "seq_len")
+    check_counts(options, "batch_size", "seq_len")
     config = read_config(options.params)
     mesh = mesh_of(options)
     texts = [split_held_out(read_text(file)) for file in options.corpus]

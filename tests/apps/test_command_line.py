@@ -254,6 +254,14 @@ def test_train_with_a_given_tokenizer(params, text, tmp_path, capsys):
     line = fails(capsys, "train", tmp_path / "b", *options, "--tokenizer", embedded)
     assert "tokenizer has 2048 ids, but the model has 300" in line
     assert not (tmp_path / "b.training").exists()
+    # A run that was interrupted keeps its own.
+    work = tmp_path / "c.training"
+    work.mkdir()
+    (work / "checkpoint.eqx").touch()
+    (work / "tokenizer.model").write_bytes(b"mine")
+    line = fails(capsys, "train", tmp_path / "c", *options)
+    assert "c.training holds a run with another tokenizer" in line
+    assert (work / "tokenizer.model").read_bytes() == b"mine"
 
 
 def cut(path, size):
