@@ -181,9 +181,8 @@ nb.check("max|Δ| of the output, input x 1000", thousand, lt=1e-3)
 # A row and a thousand times that row look the same to whatever reads them. That cannot hold
 # for the very smallest rows, next to which `eps` is no longer small.
 #
-# **Predict.** `eps` is 1e-5. Take a row of rms 1 and shrink it. The norm gives it back
-# with an rms of 1 again, until `eps` is felt. At which rms of the row does the norm give
-# back one of only *one half*: about 0.1, 0.002 or 0.00001?
+# **Predict.** `eps` is 1e-5. Take a row of rms 1 and shrink it. At which rms of the row
+# does the norm give back one of rms *one half*, and not 1: about 0.1, 0.002 or 0.00001?
 
 # %%
 my_half = None  # 0.1, 0.002 or 0.00001
@@ -1150,8 +1149,8 @@ ex02.check_from_halves(from_halves)
 # <details><summary>Hint</summary>
 #
 # The second value that `mx.rope.rotation` returns at position 1 is the sine of the speed.
-# For a slow pair that is the speed itself. (The cosine will not do: of a slow pair it
-# rounds to 1.) Or solve for the pair by hand, with a logarithm. Once around is 2π.
+# For a slow pair that is the speed itself. (Its cosine rounds to 1.) Or solve for the pair
+# by hand, with a logarithm. Once around is 2π.
 #
 # </details>
 #

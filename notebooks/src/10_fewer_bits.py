@@ -1044,13 +1044,12 @@ nb.check("dtypes of all factors of products", sorted(every), eq=["float32"])
 nb.show_source(mx.kernels.quantized.quantized_product_on_cpu)
 
 # %% [markdown]
-# (`optimization_barrier` returns what it is given. It keeps the compiler from converting
-# all weights in advance.) With fewer than four rows, values become floats inside the loop
-# that multiplies them. From four rows on the product is made in blocks that fit the CPU's
-# cache: the floats of a block are written there, and then multiplied as any floats are.
-# That is all the multiplying of float32, and a conversion before it. But a quarter of the
-# bytes comes from memory, and the blocks are cut in another way than in the compiler's own
-# product. So only a clock can say how much is each.
+# (`optimization_barrier` keeps the compiler from converting all weights in advance.) With
+# fewer than four rows, values become floats inside the loop that multiplies them. From four
+# rows on the product is made in blocks that fit the CPU's cache: the floats of a block are
+# written there, and then multiplied as any floats are.
+# That is all the multiplying of float32, and a conversion before it, but a quarter of the
+# bytes. Only a clock can say which counts more.
 
 # %%
 ms = {name: [1000 * t.median for t in timings] for name, timings in seconds.items()}
