@@ -24,6 +24,7 @@ def pair(window):
 def search_both(window, prompts, **options):
     model, reference = pair(window)
     ours = beam_search(model, prompts, **options)
+    assert [len(row) for row in ours] == [options["n_best"]] * len(prompts)
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])

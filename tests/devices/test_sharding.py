@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from models import random_model, random_tokens
 
 import mistral_eqx as mx
-from mistral_eqx import beams, generation, scoring
+from mistral_eqx import attention, beams, generation, scoring
 from mistral_eqx.apps.main import main
 from mistral_eqx.devices import sharding, stages
 from mistral_eqx.devices.mesh import make_mesh, parse_mesh
@@ -183,12 +183,21 @@ def test_other_ways_in():
 def test_a_ring_in_blocks(monkeypatch):
     """Long rings are read in blocks on a mesh: made short here, to be read so."""
     monkeypatch.setattr(rings, "BLOCKS", (4,))
+    slots = []
+
+    def spy(queries, keys, *more):
+        slots.append(keys.shape[2])
+        return rings.attend_blocks(queries, keys, *more)
+
+    # A CPU has a program of its own, which has no blocks.
+    monkeypatch.setitem(attention.attend_ring.others, "cpu", spy)
     jax.clear_caches()
     plain, model = model_for("data=2,model=2"), sharded("data=2,model=2")
     options = {"max_tokens": 20, "chunk": 4, "key": jax.random.key(1)}
     expected = generation.generate(plain, PROMPTS, **options)
     found = generation.generate(model, PROMPTS, **options)
     assert [row.tokens for row in found] == [row.tokens for row in expected]
+    assert min(slots) > 4
     jax.clear_caches()
 
 
@@ -334,7 +343,8 @@ def test_meshes_of_any_kind():
         again = mx.shard(mx.shard(model, mesh), mesh)
         assert held(again) == held(mx.shard(model, mesh))
         assert set(held(again)) == set(devices)
-    assert [row.tokens for row in generated(again)] == [row.tokens for row in expected]
+        found = [row.tokens for row in generated(again)]
+        assert found == [row.tokens for row in expected]
 
 
 @pytest.mark.parametrize(

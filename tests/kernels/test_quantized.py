@@ -145,8 +145,11 @@ def test_loaded_is_quantized(variant, dtype, scheme, tmp_path):
         theirs, expected_structure = jax.tree.flatten(expected)
         assert structure == expected_structure
         for one, other in zip(ours, theirs):
-            kept = other.dtype != jnp.float32 or "float32" not in str(one.dtype)
-            np.testing.assert_array_equal(one, other.astype(one.dtype) if kept else other)
+            np.testing.assert_array_equal(one, other.astype(one.dtype))
+        layers = linears(expected, QuantizedLinear)
+        for name, layer in linears(found, QuantizedLinear).items():
+            assert layer.values.dtype == layers[name].values.dtype
+            assert layer.scales.dtype == layers[name].scales.dtype
         assert found.tok_embeddings.weight.dtype == dtype
 
 
