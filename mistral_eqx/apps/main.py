@@ -68,11 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         return 0
     except jax.errors.JaxRuntimeError as error:
-        if not options.debug and "RESOURCE_EXHAUSTED" in str(error):
+        if options.debug:
+            raise
+        if jax.process_count() == 1:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
             complain(f"There is not enough memory: {str(error).splitlines()[0]}")
             return 2
-        if options.debug or jax.process_count() == 1:
-            raise
         complain(f"Process {jax.process_index()} cannot go on without the others: {error}")
         # The others will not come to say goodbye, which JAX would wait for.
         os._exit(1)

@@ -633,3 +633,15 @@ def test_too_little_memory_is_told_in_a_line(monkeypatch, capsys):
     assert main(["demo"]) == 2
     told = "mistral_eqx: There is not enough memory: RESOURCE_EXHAUSTED: Out of memory\n"
     assert capsys.readouterr().err == told
+
+
+def test_a_process_without_memory_does_not_wait_for_the_others(monkeypatch, capsys):
+    def allocate(options):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr("mistral_eqx.apps.demo.run", allocate)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit, match="1"):
+        main(["demo"])
+    assert "cannot go on without the others" in capsys.readouterr().err
