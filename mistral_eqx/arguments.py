@@ -149,6 +149,14 @@ def printable(text: str) -> str:
     return " ".join(words)
 
 
+def in_units(n: int | float) -> str:
+    """A number of bytes, as a person says it."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if n >= size:
+            return f"{n / size:.1f} {unit}"
+    return f"{n / 1e3:.1f} kB"
+
+
 @functools.cache
 def say_once(message: str) -> None:
     """Tells in a line on standard error what a user may want to know."""

@@ -37,7 +37,6 @@ from .prompts import (
     checked_alternatives,
     checked_chunk,
     checked_eos_ids,
-    checked_histories,
     checked_prompts,
     chunk_sizes,
     next_power_of_two,
@@ -244,7 +243,7 @@ class DecodeState(eqx.Module):
         alternatives = checked_alternatives(alternatives, vocab_size)
         eos_ids = checked_eos_ids(eos_ids, vocab_size)
         prompts = [()] * batch if prompts is None else prompts
-        prompts = checked_histories(prompts, batch, vocab_size)
+        prompts = checked_prompts(prompts, vocab_size, n_rows=batch)
         seen = np.zeros((batch, vocab_size), bool)
         for row, prompt in zip(seen, prompts):
             row[prompt] = True

@@ -89,22 +89,32 @@ def budgets_of(max_tokens: int | Sequence[int], n_prompts: int) -> list[int]:
     return [arguments.integer("max_tokens", budget) for budget in max_tokens]
 
 
-def checked_prompts(prompts: Any, vocab_size: int) -> list[list[int]]:
-    """The prompts as lists. Raises `TypeError` for what holds no token ids, `ValueError`
-    for no prompts, an empty one, or an id outside."""
+def checked_prompts(
+    prompts: Any, vocab_size: int, *, n_rows: int | None = None
+) -> list[list[int]]:
+    """The prompts as lists: of `n_rows` rows that may be empty, if that is given, and
+    otherwise at least one, with a token in each. Raises `TypeError` for what holds no
+    token ids, `ValueError` for another number of prompts, an empty one, or an id outside.
+    """
     prompts = arguments.items("prompts", prompts, "lists of token ids, one for each row")
-    rows = [_checked_prompt(i, prompt, vocab_size) for i, prompt in enumerate(prompts)]
-    if not rows:
+    if not prompts and n_rows is None:
         raise ValueError("There is no prompt: give at least one.")
-    return rows
+    if n_rows not in (None, len(prompts)):
+        raise ValueError(
+            f"There are {len(prompts)} prompts for {n_rows} rows: give one for each."
+        )
+    may_be_empty = n_rows is not None
+    return [_checked_prompt(i, p, vocab_size, may_be_empty) for i, p in enumerate(prompts)]
 
 
-def _checked_prompt(i: int, prompt: Any, vocab_size: int) -> list[int]:
+def _checked_prompt(i: int, prompt: Any, vocab_size: int, may_be_empty: bool) -> list[int]:
     try:
         ids = np.asarray(prompt)
     except Exception:  # what NumPy makes nothing of
         ids = np.asarray(None)
     if ids.shape == (0,):
+        if may_be_empty:
+            return []
         raise ValueError(
             f"Prompt {i} is empty. A model needs a token to follow: the BOS id, say."
         )
@@ -119,20 +129,6 @@ def _checked_prompt(i: int, prompt: Any, vocab_size: int) -> list[int]:
             f"{vocab_size} ids, from 0. Is the tokenizer of this model?"
         )
     return ids.tolist()
-
-
-def checked_histories(prompts: Any, n_rows: int, vocab_size: int) -> list[Sequence[int]]:
-    """As [`checked_prompts`][], where a row may be empty, and there are `n_rows`."""
-    rows = arguments.items("prompts", prompts, "lists of token ids, one for each row")
-    if len(rows) != n_rows:
-        raise ValueError(
-            f"There are {len(rows)} prompts for {n_rows} rows: give one for each."
-        )
-    is_empty = [isinstance(row, Sequence) and len(row) == 0 for row in rows]
-    return [
-        [] if empty else _checked_prompt(i, row, vocab_size)
-        for i, (row, empty) in enumerate(zip(rows, is_empty))
-    ]
 
 
 def checked_alternatives(alternatives: int, vocab_size: int) -> int:

@@ -255,7 +255,7 @@ def boxes(config: mx.ModelConfig) -> dict[str, Box]:
     slots = ring_size(window, chunk=chunk, max_length=2**20)
     return {
         "embed": Box(
-            "Embedding", "01", "mistral_eqx/layers.py", ("tok_embeddings",),
+            "Embedding", "02", "mistral_eqx/layers.py", ("tok_embeddings",),
             (f"ids [T] → table {shape(model.tok_embeddings)} → {stream}",),
         ),
         "norm1": Box(

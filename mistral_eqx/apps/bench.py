@@ -21,6 +21,7 @@ from .options import (
     add_model,
     add_quantize,
     adder,
+    check_unused,
     folder_of,
     mesh_of,
 )
@@ -60,6 +61,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     if options.model is not None and options.shape is not None:
         raise ValueError("Give a model or --shape, not both.")
+    if options.shape is not None:
+        check_unused(options, "for the random weights of --shape", "adapter")
     numbers = {name: getattr(options, name) for name in ("batch", "prompt", "tokens")}
     numbers |= {"repeats": options.repeats, "contexts": lengths_of(options.contexts)}
     check_options(**numbers)

@@ -1,11 +1,13 @@
 """A model or an adapter in another format, or in another dtype."""
 
 import argparse
+from pathlib import Path
 
 from ..files.adapted import convert_adapter
 from ..files.export import convert
+from ..files.folders import adapter_files, holds_weights
 from ..files.gguf_export import TYPES
-from .options import adapter_of, add_adapter, add_dtype, adder
+from .options import adapter_of, add_adapter, add_dtype, adder, check_unused
 
 
 HELP = "write a model in another format, or in another dtype"
@@ -26,9 +28,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--type", choices=TYPES, help="the type of the weights in a GGUF")
     add(
         "--max-shard-size",
-        default="5GB",
         metavar="SIZE",
-        help="the most bytes in a file of Hugging Face's format; Mistral's is one file",
+        help="the most bytes in a file of Hugging Face's format (default: 5GB); Mistral's "
+        "is one file",
     )
     add(
         "--model",
@@ -45,18 +47,25 @@ def run(options: argparse.Namespace) -> None:
     if options.model is not None:
         if options.adapter is not None:
             raise ValueError("Give --model for an adapter or --adapter for a model.")
+        check_unused(options, "for an adapter", "type", "max_shard_size", "force")
         names = {"format": options.to, "dtype": options.dtype}
         convert_adapter(options.source, options.target, model=options.model, **names)
         return
-    is_gguf = options.to == "gguf" or options.target.endswith(".gguf")
-    if options.type is not None and not is_gguf:
+    source = Path(options.source)
+    if options.to == "peft" or (adapter_files(source) and not holds_weights(source)):
+        raise ValueError("An adapter is converted with --model, the model that it is for.")
+    if options.to == "gguf" or options.target.endswith(".gguf"):
+        check_unused(options, "for a GGUF, which is one file", "max_shard_size")
+    elif options.type is not None:
         raise ValueError("--type is of a GGUF: say --to gguf, or give --dtype.")
+    if options.to == "mistral":
+        check_unused(options, "for Mistral's format", "max_shard_size")
     convert(
         options.source,
         options.target,
         adapter=adapter_of(options),
         format=options.to,
         dtype=options.type or options.dtype,
-        max_shard_size=options.max_shard_size,
+        max_shard_size=options.max_shard_size or "5GB",
         force=options.force,
     )

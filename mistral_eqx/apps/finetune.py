@@ -14,13 +14,14 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from ..arguments import in_units
 from ..devices.sharding import rows_here, settled
 from ..files.adapted import load_adapter, save_adapter
-from ..files.adapter_export import MISTRAL, PEFT
-from ..files.atomic import locked
+from ..files.adapter_export import PEFT
+from ..files.atomic import check_new, locked
 from ..files.checkpoint import load_model, open_trunk
 from ..files.export import save
-from ..files.folders import GGUF
+from ..files.folders import GGUF, MISTRAL
 from ..files.heads import (
     is_classifier,
     labels_of,
@@ -28,7 +29,7 @@ from ..files.heads import (
     load_embedder,
     save_classifier,
 )
-from ..files.inspection import in_units, step_bytes
+from ..files.inspection import step_bytes
 from ..heads.classifier import Classifier
 from ..learning.batches import LabelledRows, Packed, Slices
 from ..learning.examples import (
@@ -49,6 +50,7 @@ from .options import (
     add_quantize,
     adder,
     check_counts,
+    check_unused,
     folder_of,
     mesh_of,
 )
@@ -125,17 +127,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def _add_adapter(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("adapter", "What is trained.")
     add = adder(group)
-    add("--lora-rank", type=int, default=16, metavar="N", help="the rank of a new adapter")
-    add("--lora-scale", type=float, default=2.0, metavar="X", help="its scale")
+    # What is not given here is left to `add_lora` and `save_adapter`.
+    add("--lora-rank", type=int, metavar="N", help="rank of a new adapter (default: 16)")
+    add("--lora-scale", type=float, metavar="X", help="its scale (default: 2.0)")
     add(
         "--layers",
-        default=LAYERS,
         metavar="PATTERN",
-        help="a regular expression for the names of the layers that it is for",
+        help="a regular expression for the names of the layers that it is for (default: "
+        f"{LAYERS})",
     )
     add("--adapter", metavar="FOLDER", help="train this adapter further, and no new one")
     add("--full", action="store_true", help="train all of the model, without an adapter")
-    add("--format", choices=[PEFT, MISTRAL], default=PEFT, help="that of OUT's adapter")
+    add("--format", choices=[PEFT, MISTRAL], help="that of OUT's adapter (default: peft)")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -146,10 +149,13 @@ def run(options: argparse.Namespace) -> None:
             "Training needs optax: pip install 'mistral_eqx[train]'."
         ) from error
     out = Path(options.out)
-    if out.exists():
-        raise FileExistsError(f"{out} is there already. Move it, or train elsewhere.")
-    if options.full and (options.adapter or options.quantize):
-        raise ValueError("--full trains all weights: give no --adapter and no --quantize.")
+    check_new(out)
+    of_a_new_one = ("lora_rank", "lora_scale", "layers")
+    if options.full:
+        why = "with --full, which trains all weights"
+        check_unused(options, why, "adapter", "quantize", *of_a_new_one, "format")
+    if options.adapter is not None:
+        check_unused(options, "for an adapter that is there", *of_a_new_one)
     if not 0 < options.epochs < math.inf:
         raise ValueError(f"--epochs must be above 0, got {options.epochs}.")
     check_counts(options, "batch_size", "seq_len", "parts")
@@ -160,9 +166,9 @@ def run(options: argparse.Namespace) -> None:
     if options.adapter is not None:
         model = load_adapter(model, options.adapter)
     elif not options.full:
-        key = jax.random.key(options.seed)
         shape = {"rank": options.lora_rank, "scale": options.lora_scale}
-        model = add_lora(model, **shape, layers=options.layers, key=key)
+        given = _given(shape | {"layers": options.layers})
+        model = add_lora(model, **given, key=jax.random.key(options.seed))
     steps = options.steps
     if steps is None:
         steps = max(1, round(options.epochs * data.n_rows / options.batch_size))
@@ -204,10 +210,7 @@ def _kind(options: argparse.Namespace) -> str:
                 'must have a "label".'
             )
         return "examples"
-    if options.adapter is not None:
-        raise ValueError(
-            "The adapter of a classifier is merged into it: give no --adapter."
-        )
+    check_unused(options, "for a classifier, which is saved whole", "adapter", "format")
     return "labels"
 
 
@@ -282,7 +285,7 @@ def _save(
     """The adapter alone, or all of the model in the dtype and format of its folder."""
     source = folder_of(options)
     if has_lora(model) and not isinstance(model, Classifier):
-        names = {"format": options.format, "base": str(source)}
+        names = _given({"format": options.format, "base": str(source)})
         save_adapter(model, out, **names, companions=companions)
         return
     checkpoint = open_trunk(source)
@@ -292,6 +295,10 @@ def _save(
     else:
         format = MISTRAL if checkpoint.format == GGUF else checkpoint.format
         save(model, out, **files, format=format)
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _lines(log: Path) -> list[dict[str, Any]]:

@@ -14,6 +14,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
 
 
-def run(options: argparse.Namespace) -> None:
-    for name, value in inspect_folder(folder_of(options)).items():
+def run(options: argparse.Namespace) -> int:
+    """The exit status is 1 if what is there cannot be used."""
+    found = inspect_folder(folder_of(options))
+    for name, value in found.items():
         print(f"{name:<12}{value}")
+    return int(any(value.startswith("NO: ") for value in found.values()))

@@ -53,8 +53,8 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns the exit status: 0, 2 for an error of the user's, which
-    is told in one line, 130 if interrupted."""
+    """Runs a command and returns the exit status: 0, 1 if `inspect` finds what cannot be
+    used, 2 for an error of the user's, which is told in one line, 130 if interrupted."""
     # A stream that the shell has closed is `None`.
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
@@ -64,9 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _keep_programs()
     try:
         with contextlib.redirect_stdout(_output(options)):
-            options.run(options)
+            status = options.run(options) or 0
             sys.stdout.flush()
-        return 0
+        return status
     except jax.errors.JaxRuntimeError as error:
         if options.debug:
             raise

@@ -208,6 +208,13 @@ def sampling_of(options: argparse.Namespace) -> dict[str, Any]:
     return numbers | others
 
 
+def check_unused(options: argparse.Namespace, why: str, *names: str) -> None:
+    """Raises `ValueError` if one of these options was given: it would change nothing."""
+    for name in names:
+        if getattr(options, name) not in (None, False):
+            raise ValueError(f"--{name.replace('_', '-')} means nothing {why}.")
+
+
 def check_counts(options: argparse.Namespace, *names: str) -> None:
     """Raises `ValueError` for an option that is below 1, or more than 32 bits hold."""
     for name in names:

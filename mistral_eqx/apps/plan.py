@@ -2,15 +2,16 @@
 
 import argparse
 
+from ..arguments import in_units
 from ..config import ModelConfig
 from ..devices.chips import CHIPS, chip_named
 from ..devices.mesh import parse_mesh
 from ..devices.programs import Program
 from ..files.folders import read_config
-from ..files.inspection import in_units, plan
+from ..files.inspection import plan
 from ..files.released import RELEASED
 from .compiling import bound, compile_programs
-from .options import add_dtype, add_model, add_quantize, adder, folder_of
+from .options import add_dtype, add_model, add_quantize, adder, check_unused, folder_of
 
 
 _SINGLE = [name for name, chip in CHIPS.items() if chip.platform != "tpu"]
@@ -57,6 +58,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     if options.model is not None and options.shape is not None:
         raise ValueError("Give a model or --shape, not both.")
+    if options.compile is None:
+        check_unused(options, "without --compile", "train")
     if options.shape is not None:
         config = RELEASED[options.shape]
     else:

@@ -13,7 +13,7 @@ from ..config import ModelConfig
 from ..devices.processes import wait_for_all
 from ..devices.sharding import shard
 from ..files import export
-from ..files.atomic import locked
+from ..files.atomic import check_new, locked
 from ..files.folders import read_config
 from ..learning.examples import slices_of
 from ..learning.tokenizers import train_tokenizer
@@ -62,8 +62,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     out = Path(options.out)
-    if out.exists():
-        raise FileExistsError(f"{out} is there already. Move it, or train elsewhere.")
+    check_new(out)
     check_counts(options, "batch_size", "seq_len")
     config = read_config(options.params)
     mesh = mesh_of(options)

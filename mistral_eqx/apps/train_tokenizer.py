@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from ..files.atomic import check_new
 from ..learning.tokenizers import train_tokenizer
 from .options import add_corpus, adder
 from .terminal import read_text, split_held_out
@@ -26,7 +27,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     out = Path(options.out)
-    if out.exists():
-        raise FileExistsError(f"{out} is there already. Move it, or train elsewhere.")
+    check_new(out)
     texts = [split_held_out(read_text(file))[0] for file in options.corpus]
     train_tokenizer("\n".join(texts), out, vocab_size=options.vocab_size)

@@ -19,9 +19,10 @@ from ..learning.lora import (
     replace_layers,
     weight_shape,
 )
-from .adapter_export import MISTRAL, PEFT, check_format, write_adapter
+from .adapter_export import PEFT, check_format, write_adapter
 from .adapters import Thin, is_pefts, open_adapter
 from .checkpoint import open_checkpoint
+from .folders import MISTRAL
 from .names import stored_array, stored_parts, weight_shapes
 from .weights import common_dtype
 

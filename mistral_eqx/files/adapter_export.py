@@ -12,13 +12,14 @@ import numpy as np
 
 from ..config import ModelConfig
 from .adapters import ADAPTER_MODEL, LORA, PEFT_CONFIG, Thin
-from .atomic import whole_folder
+from .atomic import check_new, whole_folder
+from .folders import MISTRAL
 from .huggingface import huggingface_name, to_huggingface
 from .params import config_to_params
 from .weights import write_safetensors
 
 
-MISTRAL, PEFT = "mistral", "peft"
+PEFT = "peft"
 
 
 def write_adapter(
@@ -61,8 +62,7 @@ def write_adapter(
         # Process 0 writes. This process takes part because its devices hold some numbers.
         write_safetensors(Path(os.devnull), tensors, dtype, progress=lambda _: None)
         return
-    if folder.exists():
-        raise FileExistsError(f"{folder} is there already. Move it, or choose another.")
+    check_new(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(folder) as partial:
         (partial / config_file).write_text(json.dumps(content, indent=4) + "\n")

@@ -9,10 +9,27 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+def check_new(target: Path) -> None:
+    """Raises `OSError` unless something new can be made at `target`."""
+    if os.path.lexists(target):
+        raise FileExistsError(f"{target} is there already. Move it, or choose another.")
+    check_place(target)
+
+
+def check_place(target: Path) -> None:
+    """Raises `OSError` if nothing can be made at `target`, whatever is there."""
+    above = next(parent for parent in target.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise NotADirectoryError(f"{above} is a file: {target} cannot be made in it.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise PermissionError(f"{above} cannot be written to, so {target} cannot be made.")
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Makes a folder, if it is not there, and keeps other processes out of this function
-    with the same folder. The lock ends with the process, however that ends.
+    with the same folder. The lock ends with the process, however that ends. A folder that
+    is empty in the end is not left behind.
 
     **Raises:**
 
@@ -35,7 +52,11 @@ def locked(folder: Path) -> Iterator[None]:
                 f"Another process is writing to {folder} now. Wait until it is done, or "
                 "write elsewhere."
             )
-        yield
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # it holds something, or has moved
+                folder.rmdir()
     finally:
         os.close(descriptor)
 

@@ -14,12 +14,12 @@ import jax
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
-from ..arguments import say_once
+from ..arguments import in_units, say_once
 from ..config import ModelConfig
 from ..tokenizer import Tokenizer, load_tokenizer
 from ..transformer import Transformer
 from .adapters import Adapters, listed
-from .atomic import whole_file, whole_folder
+from .atomic import check_place, whole_file, whole_folder
 from .checkpoint import open_checkpoint
 from .config_json import config_to_json
 from .folders import CONFIGS, GGUF, HUGGINGFACE, MISTRAL, holds_weights
@@ -309,7 +309,7 @@ def _room_for(target: Path, size: int) -> Iterator[None]:
     free = shutil.disk_usage(target.parent).free
     if size > free:
         raise OSError(
-            f"{target} needs {size / 1e9:.1f} GB, and only {free / 1e9:.1f} GB are free."
+            f"{target} needs {in_units(size)}, and only {in_units(free)} are free."
         )
     try:
         yield
@@ -347,9 +347,7 @@ def _checked_target(folder: Path, *, force: bool, sources: Sequence[Path]) -> Pa
     folder = folder.resolve()
     if not folder.name:
         raise FileExistsError(f"{folder} is no place for a model: give a folder to make.")
-    inside = next(parent for parent in folder.absolute().parents if parent.exists())
-    if not inside.is_dir():
-        raise NotADirectoryError(f"{inside} is a file: {folder} cannot be made in it.")
+    check_place(folder)
     if not folder.exists():
         return folder
     if not force:

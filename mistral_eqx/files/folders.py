@@ -37,17 +37,6 @@ _WEIGHTS = {
         "pytorch_model.bin.index.json",
     ),
 }
-
-
-def holds_weights(folder: Path) -> bool:
-    """Whether a folder has the config and the weights of a model, in any format."""
-    return any(
-        (folder / name).is_file()
-        and any(_found(folder, pattern) for pattern in _WEIGHTS[format])
-        for format, name in CONFIGS.items()
-    )
-
-
 _ADAPTERS = ("adapter_config.json", "adapter_model.*", "*lora*.safetensors")
 
 
@@ -106,9 +95,10 @@ def format_of(folder: Path) -> str:
     if not folder.exists():
         raise FileNotFoundError(printable(f"There is no folder {folder}."))
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"There is no folder {folder}: it is a file. Name the folder it is in."
-        )
+        advice = "Name the folder it is in."
+        if folder.suffix.lower() == ".gguf":
+            advice = "The name of a GGUF must end in .gguf."
+        raise FileNotFoundError(f"There is no folder {folder}: it is a file. {advice}")
     configs = [f for f in CONFIGS if (folder / CONFIGS[f]).is_file()]
     whole = [f for f in configs if any(_found(folder, pattern) for pattern in _WEIGHTS[f])]
     adapters = adapter_files(folder)
@@ -128,6 +118,15 @@ def format_of(folder: Path) -> str:
             "Mistral's are used."
         )
     return (whole or configs)[0]
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether a folder has the config and the weights of a model, in any format."""
+    return any(
+        (folder / name).is_file()
+        and any(_found(folder, pattern) for pattern in _WEIGHTS[format])
+        for format, name in CONFIGS.items()
+    )
 
 
 def adapter_files(folder: Path) -> list[Path]:

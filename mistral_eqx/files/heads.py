@@ -22,6 +22,7 @@ from .export import tokenizer_files, write_folder
 from .folders import HUGGINGFACE, located, read_json_file
 from .hub import local_folder
 from .names import model_tensors, stored_array
+from .weights import StoredTensor
 
 
 _SCORE = "score.weight"
@@ -48,7 +49,7 @@ def load_embedder(
     As `load` does.
     """
     folder, tokenizer, checkpoint = _open(folder)
-    checkpoint.tensors.pop(_SCORE, None)
+    checkpoint, _ = _headless(checkpoint)
     checkpoint.check()
     options = {"dtype": dtype, "quantize": quantize, "mesh": mesh}
     return without_output(load_checkpoint(checkpoint, **options)), tokenizer
@@ -81,14 +82,7 @@ def load_classifier(
             f"{folder} is no {_CLASS}: load it with load, or make a Classifier of it."
         )
     labels = labels_of(folder)
-    score = checkpoint.tensors.pop(_SCORE, None)
-    shape = (len(labels), checkpoint.config.dim)
-    if score is None or score.shape != shape:
-        found = "none" if score is None else f"one of shape {score.shape}"
-        raise ValueError(
-            f"{folder} must have a {_SCORE} of shape {shape} for its {len(labels)} labels, "
-            f"and has {found}."
-        )
+    checkpoint, score = take_head(checkpoint, len(labels))
     checkpoint.check()
     options = {"dtype": dtype, "quantize": quantize, "mesh": mesh}
     model = load_checkpoint(checkpoint, **options)
@@ -99,6 +93,26 @@ def load_classifier(
     weight = jnp.asarray(weight)
     classifier = eqx.tree_at(lambda c: c.score.weight, classifier, weight)
     return settled(classifier), tokenizer
+
+
+def take_head(checkpoint: Checkpoint, n_labels: int) -> tuple[Checkpoint, StoredTensor]:
+    """The checkpoint of a classifier without its head, and the head. Raises `ValueError` if
+    it is not there, or of another shape."""
+    checkpoint, score = _headless(checkpoint)
+    shape = (n_labels, checkpoint.config.dim)
+    if score is None or score.shape != shape:
+        found = "none" if score is None else f"one of shape {score.shape}"
+        raise ValueError(
+            f"{checkpoint.folder} must have a {_SCORE} of shape {shape} for its {n_labels} "
+            f"labels, and has {found}."
+        )
+    return checkpoint, score
+
+
+def _headless(checkpoint: Checkpoint) -> tuple[Checkpoint, StoredTensor | None]:
+    tensors = dict(checkpoint.tensors)
+    score = tensors.pop(_SCORE, None)
+    return dataclasses.replace(checkpoint, tensors=tensors), score
 
 
 def save_classifier(
@@ -158,10 +172,7 @@ def is_classifier(folder: str | os.PathLike) -> bool:
 def _open(folder: str | os.PathLike) -> tuple[Path, Tokenizer, Checkpoint]:
     folder = local_folder(arguments.path("folder", folder))
     tokenizer = load_checked_tokenizer(folder)
-    checkpoint = open_trunk(folder)
-    tensors = dict(checkpoint.tensors)
-    checkpoint = dataclasses.replace(checkpoint, tensors=tensors)
-    return located(folder)[0], tokenizer, checkpoint
+    return located(folder)[0], tokenizer, open_trunk(folder)
 
 
 def labels_of(folder: str | os.PathLike) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # What goes with the weights in either format.
 _BESIDE = ("*.json", "tokenizer.model*", "*.jinja")
 _MISTRAL, _HUGGINGFACE = "consolidated*.safetensors", "model*.safetensors"
+_PART = re.compile(r".*-\d+-of-(\d+)\.safetensors")
 _ADAPTERS = ("adapter_model.*", "*lora*.safetensors")
 
 
@@ -34,20 +35,28 @@ def local_folder(folder: str | os.PathLike, *, adapter: bool = False) -> Path:
         ) from error
     try:
         found = huggingface_hub.snapshot_download(name, local_files_only=True)
-        if any(Path(found).glob("*.safetensors")):
+        if _is_whole(Path(found)):
             return Path(found)
     except LocalEntryNotFoundError:
         pass
     try:
-        files = huggingface_hub.list_repo_files(name)
-        has_own = any(Path(file).match(_MISTRAL) for file in files) and (
-            "params.json" in files
-        )
-        weights = [_MISTRAL if has_own else _HUGGINGFACE]
-        patterns = [*_BESIDE, *(_ADAPTERS if adapter else weights)]
+        files = [Path(file) for file in huggingface_hub.list_repo_files(name)]
+        has_own = any(f.match(_MISTRAL) for f in files) and Path("params.json") in files
+        weights = _ADAPTERS if adapter else (_MISTRAL if has_own else _HUGGINGFACE,)
+        if not any(file.match(pattern) for file in files for pattern in weights):
+            raise ValueError(f"it has no {' or '.join(weights)}.")
+        patterns = [*_BESIDE, *weights]
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # of the hub's, of HTTP's and of the network's libraries
         raise FileNotFoundError(
             f"There is no folder {name}, nor a whole model of that name in Hugging Face's "
             f"cache, and it cannot be fetched: {str(error).strip().splitlines()[0]}"
         ) from error
+
+
+def _is_whole(snapshot: Path) -> bool:
+    """Whether the cache has all weights: one file, or all parts of it. If they were
+    interrupted on their way, `model-00001-of-00003.safetensors` may be there alone."""
+    parts = [_PART.fullmatch(file.name) for file in snapshot.glob("*.safetensors")]
+    totals = [int(part[1]) for part in parts if part is not None]
+    return len(totals) < len(parts) or (bool(totals) and len(totals) >= max(totals))

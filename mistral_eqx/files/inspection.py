@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
+from ..arguments import in_units
 from ..cache import Cache
 from ..config import ModelConfig
 from ..devices.chips import Chip, chip_here
@@ -26,7 +27,8 @@ from ..kernels.rings import SCORES
 from ..prompts import default_chunk, next_power_of_two
 from ..tokenizer import check_vocabulary, load_tokenizer
 from ..transformer import Transformer
-from .checkpoint import open_checkpoint
+from .checkpoint import open_checkpoint, open_trunk
+from .heads import is_classifier, labels_of, take_head
 from .names import skeleton
 from .released import names_of
 
@@ -44,9 +46,15 @@ def inspect_folder(folder: str | os.PathLike) -> dict[str, str]:
     `FileNotFoundError` or `ValueError` as [`load_model`][mistral_eqx.load_model] does, but
     not for files that do not fit their config: that is part of the description.
     """
-    checkpoint = open_checkpoint(folder)
+    labels = labels_of(folder) if is_classifier(folder) else ()
+    checkpoint = open_trunk(folder) if labels else open_checkpoint(folder)
     config, tensors = checkpoint.config, checkpoint.tensors
+    kind = ", ".join(names_of(config)) or "not the shape of a released Mistral"
+    if labels:
+        kind = f"a classifier with the labels {', '.join(labels)}"
     try:
+        if labels:
+            checkpoint, _ = take_head(checkpoint, len(labels))
         checkpoint.check()
         agreement = "the files hold what the config says"
     except ValueError as error:
@@ -59,12 +67,12 @@ def inspect_folder(folder: str | os.PathLike) -> dict[str, str]:
     if len(checkpoint.files) > 1:
         files += f" to {checkpoint.files[-1].name}"
     return {
-        "model": ", ".join(names_of(config)) or "not the shape of a released Mistral",
+        "model": kind,
         "format": f"{checkpoint.format}: {files}, {in_units(size)}",
         "shape": f"{config.n_layers} layers of width {config.dim}, {config.n_heads} query "
         f"and {config.n_kv_heads} kv heads of {config.head_dim}, hidden "
         f"{config.hidden_dim}, vocabulary {config.vocab_size}"
-        + (", tied embeddings" if config.tied_embeddings else "")
+        + (", tied embeddings" if config.tied_embeddings and not labels else "")
         + ("" if config.moe is None else f", {config.moe.num_experts} experts"),
         "vision": f"{len(checkpoint.vision)} tensors, which are left on disk"
         if checkpoint.vision
@@ -240,14 +248,6 @@ def _held(tree: PyTree, places: PyTree) -> tuple[int, int]:
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf, _ in leaves)
     parts = ((math.prod(s.shard_shape(x.shape)), x.dtype.itemsize) for x, s in leaves)
     return whole, sum(size * itemsize for size, itemsize in parts)
-
-
-def in_units(n: int | float) -> str:
-    """A number of bytes, as a person says it."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if n >= size:
-            return f"{n / size:.1f} {unit}"
-    return f"{n / 1e3:.1f} kB"
 
 
 def _window(config: ModelConfig) -> str:

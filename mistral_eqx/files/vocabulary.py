@@ -12,7 +12,7 @@ import sentencepiece
 
 from .. import arguments
 from ..arguments import printable
-from .folders import read_json_object
+from .folders import read_json_file, read_json_object
 from .gguf import read_metadata
 from .gguf_tokenizer import chat_template, import_tokenizers, special_ids, tokenizer_file
 
@@ -155,7 +155,7 @@ def _read_added_tokens(path: Path, n_pieces: int) -> dict[str, int]:
     """The tokens that a derived model has beyond its sentencepiece model."""
     if not path.is_file():
         return {}
-    tokens = _read_object(path)
+    tokens = read_json_file(path)
     try:
         return {
             name: arguments.integer("an id", token, most=2 * n_pieces + 2**16)
@@ -276,7 +276,7 @@ def open_gguf(path: Path) -> Vocabulary:
 
 def _read_tokenizer_config(beside: Path) -> dict[str, Any]:
     path = beside.with_name("tokenizer_config.json")
-    return _read_object(path) if path.is_file() else {}
+    return read_json_file(path) if path.is_file() else {}
 
 
 def _special_names(config: Mapping[str, Any]) -> dict[str, str]:
@@ -297,7 +297,7 @@ def read_eos_ids(folder: Path) -> tuple[int, ...]:
         ids = special_ids(read_metadata(folder))
         return tuple(sorted({ids[key] for key in ("eos", "eot", "eom") if key in ids}))
     for path in (folder / "generation_config.json", folder / "config.json"):
-        ids = _read_object(path).get("eos_token_id") if path.is_file() else None
+        ids = read_json_file(path).get("eos_token_id") if path.is_file() else None
         if ids is not None:
             ids = ids if isinstance(ids, list) else [ids]
             if not all(type(i) is int and i >= 0 for i in ids):
@@ -323,7 +323,7 @@ def read_chat_templates(folder: Path) -> tuple[Path, dict[str, str]]:
     if files:
         return path, {name: _read_text(file) for name, file in files.items()}
     path = folder / "tokenizer_config.json"
-    found = _read_object(path).get("chat_template") if path.is_file() else None
+    found = read_json_file(path).get("chat_template") if path.is_file() else None
     if found is None:
         return path, {}
     found = {"default": found} if isinstance(found, str) else found
@@ -344,10 +344,3 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(printable(f"{path} is not a text in UTF-8: {error}")) from error
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        return read_json_object(path)
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be used: {error}") from error

@@ -156,6 +156,8 @@ def _examples(line: Mapping[str, Any], tokenizer: Tokenizer, seq_len: int) -> li
     for name in _CALLS:
         if line.get(name):
             raise ValueError(f"{name}: function calls cannot be learnt yet. Leave it out.")
+    if "label" in line:
+        raise ValueError('it has a "label", and the first line has none: give all or none.')
     kinds = [name for name in (*_TEXTS, *_CONVERSATIONS) if line.get(name) is not None]
     if len(kinds) != 1:
         raise ValueError(

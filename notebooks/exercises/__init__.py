@@ -10,6 +10,7 @@ import ast
 import json
 import os
 from collections.abc import Callable, Iterable
+from numbers import Real
 from pathlib import Path
 
 
@@ -38,9 +39,11 @@ def todo(name: str) -> None:
     _tried[name] = False
 
 
-def plain(answer):
-    """A number of Python, for an array of JAX or NumPy that has no axes."""
-    return answer.item() if getattr(answer, "shape", None) == () else answer
+def number(answer) -> int | float | None:
+    """A number of Python, or of JAX or NumPy without axes, as Python's; `None` for anything
+    else."""
+    value = answer.item() if getattr(answer, "shape", None) == () else answer
+    return None if isinstance(value, bool) or not isinstance(value, Real) else value
 
 
 def call(function: Callable, *arguments):

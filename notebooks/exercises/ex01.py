@@ -11,14 +11,14 @@ import numpy as np
 import mistral_eqx as mx
 from nb01 import MISTRAL_7B
 
-from . import call, todo, verdict
+from . import call, number, todo, verdict
 
 
 def check_unshared_parameters(answer) -> bool | None:
     if answer is NotImplemented:
         return todo("unshared_parameters")
-    number = int | float | np.integer | np.floating
-    if isinstance(answer, bool) or not isinstance(answer, number):
+    answer = number(answer)
+    if answer is None:
         return verdict("unshared_parameters", "The answer is a number of parameters.")
     shared, unshared = _parameters(), _parameters(n_kv_heads=MISTRAL_7B.n_heads)
     told = {

@@ -9,7 +9,7 @@ import numpy as np
 
 import mistral_eqx as mx
 
-from . import call, plain, todo, verdict
+from . import call, number, todo, verdict
 
 
 def check_grouped(grouped: Callable) -> bool | None:
@@ -124,10 +124,8 @@ def _told_of_rows(answer, weight, halves, heads: int, head_dim: int) -> str | No
 def check_slow_pairs(slow_pairs) -> bool | None:
     if slow_pairs is NotImplemented:
         return todo("slow_pairs")
-    slow_pairs = plain(slow_pairs)
-    if isinstance(slow_pairs, bool) or not isinstance(
-        slow_pairs, int | float | np.integer | np.floating
-    ):
+    slow_pairs = number(slow_pairs)
+    if slow_pairs is None:
         return verdict("slow_pairs", "The answer is a number: how many pairs.")
     slow = _pairs_below(2 * np.pi, 1e6)
     told = {

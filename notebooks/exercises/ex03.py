@@ -7,7 +7,7 @@ import numpy as np
 
 import mistral_eqx as mx
 
-from . import check_cases, plain, todo, verdict
+from . import check_cases, number, todo, verdict
 
 
 def check_band(band: Callable) -> bool | None:
@@ -32,9 +32,8 @@ def check_band(band: Callable) -> bool | None:
 def check_layers_needed(layers_needed) -> bool | None:
     if layers_needed is NotImplemented:
         return todo("layers_needed")
-    layers_needed = plain(layers_needed)
-    number = int | float | np.integer | np.floating
-    if isinstance(layers_needed, bool) or not isinstance(layers_needed, number):
+    layers_needed = number(layers_needed)
+    if layers_needed is None:
         return verdict("layers_needed", "The answer is a number: how many layers.")
     reach, step = 131_072, 4_096 - 1
     wrong = None

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import call, plain, todo, verdict
+from . import call, number, todo, verdict
 
 
 def check_n_traces(n_traces: int) -> bool | None:
     if n_traces is NotImplemented:
         return todo("n_traces")
-    n_traces = plain(n_traces)
+    given, n_traces = n_traces, number(n_traces)
     traces = count_traces()
     slips = {
         2: "not only the shape of x makes a program new: a Python int is no array.",
@@ -25,8 +25,8 @@ def check_n_traces(n_traces: int) -> bool | None:
         24: "these are all calls: many of them find a program that is there already.",
     }
     wrong = None
-    if isinstance(n_traces, bool) or not isinstance(n_traces, int | np.integer):
-        wrong = f"It should be a whole number, not {n_traces!r}."
+    if n_traces is None or n_traces % 1 != 0:
+        wrong = f"It should be a whole number, not {given!r}."
     elif n_traces != traces:
         hint = slips.get(
             int(n_traces), "run the loop by hand, with `traces.append` inside."

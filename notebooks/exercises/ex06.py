@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Callable
-from numbers import Real
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import call, plain, todo, verdict
+from . import call, number, todo, verdict
 
 
 def check_banned(banned: Callable) -> bool | None:
@@ -37,7 +36,8 @@ def check_banned(banned: Callable) -> bool | None:
 
 
 def _plain(token):
-    return int(token) if isinstance(token, Real) else repr(token)
+    value = number(token)
+    return repr(token) if value is None else int(value)
 
 
 def _repeats(tokens: list[int], n: int) -> bool:
@@ -107,7 +107,7 @@ def draw_of_one_key(logits, seed: int) -> int:
 def check_gap(gap: float) -> bool | None:
     if gap is NotImplemented:
         return todo("gap")
-    gap = plain(gap)
+    gap = number(gap)
     right = 1.5 * math.log(20)
     slips = {
         math.log(20): "That is the gap at temperature 1: where does the temperature go?",
@@ -115,7 +115,7 @@ def check_gap(gap: float) -> bool | None:
         1.5 * math.log10(20): "Logits are in nats: take the natural logarithm.",
         1.5 * 0.95: "min-p compares a quotient of probabilities, not their difference.",
     }
-    if isinstance(gap, bool) or not isinstance(gap, Real):
+    if gap is None:
         return verdict("gap", "It should be a number of nats.")
     if abs(gap - right) <= 0.02:
         return verdict("gap", None)

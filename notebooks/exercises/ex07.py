@@ -8,7 +8,7 @@ import numpy as np
 
 import mistral_eqx as mx
 
-from . import call, plain, todo, verdict
+from . import call, number, todo, verdict
 
 
 def check_look_up_here(look_up_here: Callable) -> bool | None:
@@ -81,12 +81,12 @@ def check_message_bytes(message_bytes) -> bool | None:
     """For a token of Mistral 7B in bfloat16, from the config of its release."""
     if message_bytes is NotImplemented:
         return todo("message_bytes")
-    message_bytes = plain(message_bytes)
+    given, message_bytes = message_bytes, number(message_bytes)
     config = mx.RELEASED["mistral-7b-v0.3"]
     one = 2 * config.dim
     right = (2 * config.n_layers + 1) * one
-    if isinstance(message_bytes, bool) or not isinstance(message_bytes, int | float):
-        wrong = f"Give a whole number of bytes, not {message_bytes!r}."
+    if message_bytes is None:
+        wrong = f"Give a whole number of bytes, not {given!r}."
     elif message_bytes == right:
         wrong = None
     elif message_bytes == right - one:

@@ -1,11 +1,10 @@
 """The checkers of notebook 08."""
 
 from collections.abc import Callable
-from numbers import Integral
 
 import numpy as np
 
-from . import call, plain, todo, verdict
+from . import call, number, todo, verdict
 
 
 def check_messages(messages: Callable) -> bool | None:
@@ -101,8 +100,8 @@ def _wrong_rows(answer, rows: np.ndarray, order: np.ndarray) -> str | None:
 def check_microbatches(microbatches: int) -> bool | None:
     if microbatches is NotImplemented:
         return todo("microbatches")
-    microbatches = plain(microbatches)
-    if isinstance(microbatches, bool) or not isinstance(microbatches, Integral | float):
+    microbatches = number(microbatches)
+    if microbatches is None:
         return verdict("microbatches", "The answer should be a number.")
     if not microbatches >= 1 or microbatches != int(min(microbatches, 10**9)):
         return verdict("microbatches", "The answer should be a whole number, 1 or more.")

@@ -138,7 +138,7 @@ nb.check("parameters in the boxes of the map", **nb00.both_counts(model))
 # %% [markdown]
 # | box | notebook | source |
 # |---|---|---|
-# | Embedding | [01] | [layers.py] |
+# | Embedding | [02] | [layers.py] |
 # | RMSNorm | [02] | [layers.py] |
 # | Queries, keys, values | [02] | [attention.py] |
 # | RoPE | [02] | [rope.py] |

@@ -550,6 +550,13 @@ def test_a_closed_pipe_is_no_error(small):
         (["generate", "caf\udce9"], "UTF-8"),
         (["score", "nowhere"], "nowhere"),
         (["chat", "--top-k", "0"], "top_k"),
+        # Options that would change nothing.
+        (["plan", "--train"], "--train means nothing without --compile"),
+        (["bench", "--shape", "1b", "--adapter", "x"], "--adapter means nothing"),
+        (["convert", "x", "y", "--model", "z", "--force"], "--force means nothing"),
+        (["convert", "x", "y", "--model", "z", "--type", "f16"], "--type means nothing"),
+        (["convert", "x", "y.gguf", "--max-shard-size", "1GB"], "which is one file"),
+        (["convert", "x", "y", "--to", "peft"], "converted with --model"),
         (["sing"], "sing"),
         ([], "COMMAND"),
     ],

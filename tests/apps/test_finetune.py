@@ -198,8 +198,15 @@ def test_errors(saved, folder, text, talk, tmp_path, capsys):
     error = lambda *words: fails(capsys, *command, *words)
     assert "--data" in fails(capsys, "finetune", out)
     assert "is there already" in fails(capsys, "finetune", tmp_path, "--data", text)
-    assert "give no --adapter" in error("--data", text, "--full", "--quantize", "int8")
+    for more in (["--quantize", "int8"], ["--adapter", "x"], ["--format", "peft"]):
+        line = error("--data", text, "--full", *more)
+        assert f"{more[0]} means nothing with --full" in line
+    line = error("--data", text, "--adapter", "x", "--lora-rank", 4)
+    assert "--lora-rank means nothing for an adapter that is there" in line
     assert "none" in error("--data", tmp_path / "none.jsonl")
+    (tmp_path / "file").touch()
+    line = fails(capsys, "finetune", tmp_path / "file" / "out", "--data", text)
+    assert "cannot be made in it" in line
     assert "texts and .jsonl files" in error("--data", text, talk)
     assert "rank must be 1 or more, got 0" in error("--data", text, "--lora-rank", 0)
     assert "No layer's name fits 'q_proj'" in error("--data", text, "--layers", "q_proj")
@@ -227,6 +234,8 @@ def test_errors(saved, folder, text, talk, tmp_path, capsys):
     # An adapter for another model.
     small = mx.add_lora(mx.load()[0], key=jax.random.key(0))
     mx.save_adapter(small, tmp_path / "other")
+    line = fails(capsys, "convert", tmp_path / "other", out)
+    assert "An adapter is converted with --model" in line
     words = "Is it an adapter for this model?"
     assert words in error("--data", text, "--adapter", tmp_path / "other")
     adapted = ["--model", saved, "--adapter", tmp_path / "other"]

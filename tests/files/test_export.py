@@ -251,6 +251,20 @@ def test_two_writers_of_one_folder(kind, tmp_path):
     assert os.listdir(tmp_path / "out") == ["theirs"]
 
 
+def test_an_empty_folder_is_not_left_behind(tmp_path):
+    with atomic.locked(tmp_path / "work"):
+        assert os.listdir(tmp_path) == ["work"]
+        # Not by those who are kept out, either.
+        with pytest.raises(FileExistsError, match="Another process"):
+            with atomic.locked(tmp_path / "work"):
+                pass
+        assert os.listdir(tmp_path) == ["work"]
+    assert os.listdir(tmp_path) == []
+    with atomic.locked(tmp_path / "work"):
+        (tmp_path / "work" / "file").touch()
+    assert os.listdir(tmp_path / "work") == ["file"]
+
+
 def test_old_or_new_is_there_at_every_moment(tmp_path):
     """Also while a folder is replaced. And what a killed writer has left is cleaned up."""
     target = tmp_path / "target"

@@ -88,3 +88,25 @@ def test_what_cannot_be_fetched_is_told_in_a_line(cache, monkeypatch):
         mx.load("org/model")
     with pytest.raises(FileNotFoundError, match="There is no folder a/b/c."):
         mx.load("a/b/c")
+
+
+def test_what_was_interrupted_on_its_way_is_fetched(folder, cache, monkeypatch):
+    """One part of two is in the cache, and nothing else that has weights."""
+    snapshot = lay(folder, cache)
+    (snapshot / "consolidated.safetensors").rename(
+        snapshot / "model-00001-of-00002.safetensors"
+    )
+    fetched = []
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", fetched.append)
+    with pytest.raises(FileNotFoundError, match="nor a whole model of that name"):
+        hub.local_folder("org/model")
+    assert fetched == ["org/model"]
+    (snapshot / "model-00002-of-00002.safetensors").touch()
+    assert hub.local_folder("org/model") == snapshot
+
+
+def test_what_has_no_weights_is_not_fetched(cache, monkeypatch):
+    files = ["README.md", "model.Q4_0.gguf", "params.json"]
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name: files)
+    with pytest.raises(FileNotFoundError, match="it has no model.*safetensors"):
+        mx.load("org/model")

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from commands import run
 from layouts import weights_of, write_raw
 
 from mistral_eqx import ModelConfig
@@ -56,3 +57,11 @@ def test_released_models_have_names_and_sizes(changes, names, parameters):
     if names:
         shapes = weight_shapes(config).values()
         assert sum(int(np.prod(shape)) for shape in shapes) == parameters
+
+
+def test_what_cannot_be_used_has_its_own_exit_status(tmp_path, capsys):
+    good = write_raw(tmp_path / "good", "Ministral 3")
+    bad = write_raw(tmp_path / "bad", "Ministral 3", hidden_dim=50)
+    assert run("inspect", "--model", good) == 0
+    assert run("inspect", "--model", bad) == 1
+    assert "NO: " in capsys.readouterr().out

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from commands import run
 from models import close, random_tokens
 
 import mistral_eqx as mx
@@ -116,6 +117,14 @@ def test_saved_and_loaded_by_transformers(classifier, tmp_path):
         np.testing.assert_array_equal(leaf, other)
     with pytest.raises(FileExistsError, match="is there already"):
         mx.save_classifier(model, tmp_path / "out")
+
+
+def test_inspected(classifier, capsys):
+    folder, _ = classifier
+    assert run("inspect", "--model", folder) == 0
+    told = capsys.readouterr().out
+    assert "a classifier with the labels no, yes, maybe" in told
+    assert "the files hold what the config says" in told
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])

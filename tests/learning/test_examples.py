@@ -140,6 +140,7 @@ BAD = [
     ({"text": "a", "messages": TALK}, 'either a "text" or "messages"'),
     ({"text": 3}, "line 2: text must be a text"),
     ({"text": ""}, "line 2: the text is empty"),
+    ({"text": "a", "label": "b"}, 'line 2: it has a "label", and the first line has none'),
     ({"messages": []}, "line 2: messages must be a list"),
     ({"messages": ["a"]}, "line 2: message 0 must be an object"),
     ({"messages": TALK[:1]}, "does not end with an answer of the assistant's"),
