@@ -16,8 +16,8 @@ a departure where it stands. In general:
 
 import argparse
 import json
-import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -89,13 +89,13 @@ class ModelArgs:
     # JAX: in later checkpoints; v0.1, which has a window, leaves out its theta of 1e4
     rope_theta: float | int | None = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self) -> None:  # JAX: checks, since the numbers are from a file
         if self.rope_theta is None:
             object.__setattr__(self, "rope_theta", 1e4 if self.sliding_window else 1e6)
         for field in fields(self):
             value = getattr(self, field.name)
             known = isinstance(value, field.type) and value is not True
-            if not known or (value is not None and not 0 < value < math.inf):
+            if not known or (value is not None and not 0 < value < 2**31):
                 raise ValueError(f"{field.name} cannot be {value!r}")
         if self.n_heads % self.n_kv_heads != 0 or self.head_dim % 2 != 0:
             numbers = f"{self.n_heads}, {self.n_kv_heads}, {self.head_dim}"
@@ -109,7 +109,7 @@ def repeat_kv(keys: KVHeads, values: KVHeads, repeats: int) -> tuple[Heads, Head
 def _reshape_for_broadcast(
     freqs_cis: Freqs, x: Complex64[Array, "bsz seqlen n_heads half"]
 ) -> Complex64[Array, "1 seqlen 1 half"]:
-    ndim = x.ndim
+    ndim = x.ndim  # JAX: jaxtyping's types say what the reference asserts
     shape = [d if i == 1 or i == ndim - 1 else 1 for i, d in enumerate(x.shape)]
     return freqs_cis.reshape(shape)
 
@@ -159,7 +159,6 @@ class Attention(Module):
         xv = xv.reshape(bsz, seqlen, self.n_kv_heads, self.args.head_dim)
         xq, xk = apply_rotary_emb(xq, xk, freqs_cis=freqs_cis)
         # The cache is a rotating buffer
-        # JAX: a slot is written once, because the order of two writes is not defined
         scatter_pos = positions[-slots:] % slots
         cache_k = cache_k.at[:, scatter_pos].set(xk[:, -slots:], unique_indices=True)
         cache_v = cache_v.at[:, scatter_pos].set(xv[:, -slots:], unique_indices=True)
@@ -271,7 +270,7 @@ class Transformer(Module):
         # JAX: made for the batch at hand; without a window no slot is overwritten
         slots = self.args.sliding_window or seqlen
         shape = (bsz, slots, self.args.n_kv_heads, self.args.head_dim)
-        zeros = partial(jnp.zeros, shape, self.norm.weight.dtype)
+        zeros = partial(jnp.zeros, shape, self.norm.weight.dtype)  # JAX: of its own dtype
         return tuple((zeros(), zeros()) for _ in self.layers)
 
     @eqx.filter_jit
@@ -298,13 +297,13 @@ class Transformer(Module):
             new_cache.append(layer_cache)
         return self.output(self.norm(h)).astype(jnp.float32), tuple(new_cache)
 
-    @staticmethod
+    @staticmethod  # JAX: for batches of any size, in one dtype, on JAX's own device
     def from_folder(folder: Path, dtype: DTypeLike | None = None) -> "Transformer":
         path = existing(folder, "params.json")
         with blame(path):
             params = json.loads(path.read_text(encoding="utf-8"))
-            limits = ("max_batch_size", "max_seq_len", "max_position_embeddings")
-            model_args = ModelArgs(**{k: v for k, v in params.items() if k not in limits})
+            unused = ("max_batch_size", "max_seq_len", "max_position_embeddings")
+            model_args = ModelArgs(**{k: v for k, v in params.items() if k not in unused})
         path = existing(folder, "consolidated.safetensors", "consolidated.00.pth")
         # JAX: a skeleton without numbers is filled; a leaf's path is its name in the file
         model = eqx.filter_eval_shape(Transformer, model_args, key=jax.random.key(0))
@@ -313,9 +312,7 @@ class Transformer(Module):
         with blame(path):
             read = open_weights(path)
             if wrong := sorted(set(read) ^ set(names)):
-                raise ValueError(
-                    f"{', '.join(wrong[:3])} missing, or unknown to params.json"
-                )
+                raise ValueError(f"{wrong[0]} is missing, or unknown to params.json")
             n_weights = sum(leaf.size for _, leaf in leaves)
             dtype = dtype or default_dtype(n_weights, read[names[0]]().dtype)
             weights = []
@@ -352,9 +349,8 @@ class Tokenizer:
 def generate(
     prompts: list[str], model: Transformer, tokenizer: Tokenizer, max_tokens: int
 ) -> tuple[list[str], Float32[Array, "bsz n_logprobs"]]:
-    """Continues all prompts greedily to `max_tokens` past the shortest. Returns the texts
-    (none for `max_tokens=0`) and the log-probability of each token but the first."""
-    if len(prompts) == 0 or max_tokens < 0:
+    """Continues prompts greedily, to `max_tokens` past the shortest: texts and logprobs."""
+    if len(prompts) == 0 or max_tokens < 0:  # JAX: torch raises less clear errors
         raise ValueError("generate needs a prompt, and max_tokens of 0 or more")
     encoded_prompts = [tokenizer.encode(prompt) for prompt in prompts]
     if not all(0 <= token < model.vocab_size for x in encoded_prompts for token in x):
@@ -363,9 +359,8 @@ def generate(
     prompt_lens = [len(x) for x in encoded_prompts]
     min_prompt_len = min(prompt_lens)
     max_prompt_len = max(prompt_lens)
-    # JAX: padded on the host
     input_tokens = np.full((len(prompts), max_prompt_len), tokenizer.pad_id, dtype=np.int32)
-    for i, encoded in enumerate(encoded_prompts):
+    for i, encoded in enumerate(encoded_prompts):  # JAX: padded on the host
         input_tokens[i, : len(encoded)] = encoded
     input_mask = input_tokens != tokenizer.pad_id
 
@@ -402,7 +397,7 @@ def demo(model_path: str, max_tokens: int = 35) -> None:
     tokenizer_path = existing(Path(model_path), "tokenizer.model", "tokenizer.model.v3")
     tokenizer = Tokenizer(str(tokenizer_path))
     transformer = Transformer.from_folder(Path(model_path))
-    if tokenizer.vocab_size != transformer.vocab_size:
+    if tokenizer.vocab_size != transformer.vocab_size:  # JAX: else it writes nonsense
         sizes = f"{tokenizer.vocab_size} tokens and the model {transformer.vocab_size}"
         raise BadModelError(f"{model_path}: the tokenizer has {sizes}")
     prompts = [
@@ -421,8 +416,9 @@ def blame(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        message = " ".join(str(error).split())[:300] or type(error).__name__
-        raise BadModelError(f"{path} cannot be used: {message}") from error
+        words = "".join(filter(str.isprintable, " ".join(str(error).split())))[:300]
+        message = f"{path} cannot be used: {words or type(error).__name__}"
+        raise BadModelError(message) from error
 
 
 def existing(folder: Path, *names: str) -> Path:
@@ -464,12 +460,17 @@ def main() -> None:
     add("model_path", metavar="MODEL_DIR", nargs="?", default=embedded)
     add("--max_tokens", type=int, default=35)
     arguments = parser.parse_args()
-    if arguments.max_tokens < 0:
+    if not 0 <= arguments.max_tokens < 2**31:
         parser.error(f"--max_tokens must be 0 or more, not {arguments.max_tokens}")
     try:
         demo(str(arguments.model_path), arguments.max_tokens)
-    except BadModelError as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+        sys.stdout.flush()
+    except (BadModelError, OSError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, OSError):  # Python would complain of standard output again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # a reader has seen enough
+            return
+        parser.exit(2, f"{parser.prog}: {str(error).splitlines()[0]}\n")
     except KeyboardInterrupt:
         parser.exit(130)
 

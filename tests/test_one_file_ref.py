@@ -373,6 +373,10 @@ FAULTS = {
         lambda f: (f / "params.json").write_text("[]"),
         "params.json cannot be used",
     ),
+    "key that moves the cursor": (
+        lambda f: change_params(f, **{"\x1b[31mred": 1}),
+        "argument '[31mred'",
+    ),
     "key missing": (lambda f: change_params(f, dim="absent"), "argument: 'dim'"),
     "key unknown": (lambda f: change_params(f, moe={"num_experts": 8}), "argument 'moe'"),
     "text for a number": (lambda f: change_params(f, dim="16"), "dim cannot be '16'"),
@@ -390,6 +394,14 @@ FAULTS = {
         "sliding_window cannot be -1",
     ),
     "theta": (lambda f: change_params(f, rope_theta=0), "rope_theta cannot be 0"),
+    "theta too large": (
+        lambda f: change_params(f, rope_theta=10**400),
+        "rope_theta cannot be 1000",
+    ),
+    "window too large": (
+        lambda f: change_params(f, sliding_window=2**40),
+        "sliding_window cannot be 1099511627776",
+    ),
     "eps": (lambda f: change_params(f, norm_eps=math.inf), "norm_eps cannot be inf"),
     "heads": (
         lambda f: change_params(f, n_kv_heads=3),
@@ -413,19 +425,19 @@ FAULTS = {
     ),
     "weight missing": (
         lambda f: change_weights(f, lambda w: w.pop("norm.weight")),
-        "norm.weight missing, or unknown",
+        "norm.weight is missing, or unknown",
     ),
     "weights missing": (
         lambda f: change_params(f, n_layers=3),
-        "layers.2.attention.wk.weight, ",
+        "layers.2.attention.wk.weight is missing",
     ),
     "weights left over": (
         lambda f: change_params(f, n_layers=1),
-        "layers.1.attention.wk.weight, ",
+        "layers.1.attention.wk.weight is missing",
     ),
     "weight unknown": (
         lambda f: change_weights(f, lambda w: w.update(extra=w["norm.weight"])),
-        "extra missing, or unknown",
+        "extra is missing, or unknown",
     ),
     "shape": (
         lambda f: change_weights(f, wrong_shape),
@@ -464,7 +476,47 @@ def test_a_broken_folder_is_one_line_and_status_2(
     assert (
         err.startswith("one_file_ref.py: ") and err.endswith("\n") and err.count("\n") == 1
     )
-    assert message in err
+    assert message in err and err[:-1].isprintable()
+
+
+def test_a_name_that_is_too_long():
+    command = [sys.executable, one_file_ref.__file__, "x" * 300]
+    done = subprocess.run(command, capture_output=True, timeout=300)
+    assert done.returncode == 2 and done.stdout == b"" and done.stderr.count(b"\n") == 1
+    assert b"File name too long" in done.stderr
+
+
+def test_too_many_tokens(folder, monkeypatch, capfd):
+    assert run_main(monkeypatch, folder, "--max_tokens", 10**12) == 2
+    assert "--max_tokens must be" in capfd.readouterr().err
+
+
+def test_too_little_memory(folder, monkeypatch, capfd):
+    def generate(*arguments, **options):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nand more")
+
+    monkeypatch.setattr(one_file_ref, "generate", generate)
+    assert run_main(monkeypatch, folder) == 2
+    assert capfd.readouterr().err == (
+        "one_file_ref.py: RESOURCE_EXHAUSTED: Out of memory\n"
+    )
+
+
+def test_a_reader_that_has_seen_enough(folder):
+    command = [sys.executable, one_file_ref.__file__, folder, "--max_tokens", "3"]
+    pipe = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    pipe.stdout.close()
+    assert pipe.stderr.read() == b"" and pipe.wait(300) == 0
+    pipe.stderr.close()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_a_full_disk_is_told_in_a_line(folder):
+    command = [sys.executable, one_file_ref.__file__, folder, "--max_tokens", "3"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=300)
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1
+    assert b"No space left" in done.stderr
 
 
 @pytest.mark.parametrize("vocab_size", [VOCAB_SIZE - 10, VOCAB_SIZE + 10])
@@ -750,7 +802,7 @@ def test_the_script_prints_as_the_reference_does(folder):
         [sys.executable, SOURCE, folder, "--max_tokens", "5"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert (run.returncode, run.stderr) == (0, "")
     lines = run.stdout.splitlines()
@@ -762,7 +814,7 @@ def test_the_script_prints_as_the_reference_does(folder):
 
 def test_the_script_fails_without_a_traceback(tmp_path):
     run = subprocess.run(
-        [sys.executable, SOURCE, tmp_path], capture_output=True, text=True, timeout=60
+        [sys.executable, SOURCE, tmp_path], capture_output=True, text=True, timeout=300
     )
     assert (run.returncode, run.stdout) == (2, "")
     assert (
@@ -792,7 +844,7 @@ def test_ctrl_c_is_quiet(folder, tmp_path):
         [sys.executable, SOURCE, folder],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
     )
     assert (run.returncode, run.stdout, run.stderr) == (130, "", "")
@@ -800,7 +852,7 @@ def test_ctrl_c_is_quiet(folder, tmp_path):
 
 def test_the_embedded_model_is_the_default():
     run = subprocess.run(
-        [sys.executable, SOURCE], capture_output=True, text=True, timeout=60
+        [sys.executable, SOURCE], capture_output=True, text=True, timeout=300
     )
     assert (run.returncode, run.stderr) == (0, "")
     assert run.stdout.count("=====================\n") == 3
