@@ -4,7 +4,8 @@
 
 counts, for each kind of input, the results, the named errors, and anything else, which is
 shown with its seed. A named error is one line that can be printed, raised by this package,
-that says the file or the argument. Anything else is a fault.
+that says the file or the argument. Anything else is a fault. `--commands` tries command
+lines instead, which take longer: their errors are one line on standard error.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import io
 import json
 import logging
 import math
@@ -31,6 +33,7 @@ from models import random_model
 from tqdm import tqdm
 
 import mistral_eqx as mx
+from mistral_eqx.apps.main import main as run_command, make_parser
 from mistral_eqx.files.checkpoint import open_checkpoint
 from mistral_eqx.files.inspection import inspect_folder, plan
 from mistral_eqx.learning.batches import Slices
@@ -40,7 +43,9 @@ from mistral_eqx.text import TINY_MISTRAL
 
 
 PACKAGE = str(Path(mx.__file__).parent)
-SLOW = 20.0  # seconds
+SLOW = 60.0  # seconds of a processor
+# What a command returns that has told an error in one line.
+REFUSED = object()
 EVIL = "\x1b[2J\r\u202e"
 
 
@@ -55,10 +60,9 @@ class Case:
 
 def outcome(case: Case) -> str:
     """ "result", "named error", or what else happened."""
-    start = time.monotonic()
+    start = time.process_time()
     try:
-        case.call()
-        found = "result"
+        found = "named error" if case.call() is REFUSED else "result"
     except Exception as error:
         found = "named error"
         told, frames = str(error), traceback.extract_tb(error.__traceback__)
@@ -68,8 +72,8 @@ def outcome(case: Case) -> str:
             found = f"from {frames[-1].filename}: {error!r}"[:300]
         elif not told.isprintable() or not any(word in told for word in case.words):
             found = f"without a name: {told[:300]!r}"
-    if time.monotonic() - start > SLOW:
-        found = f"took {time.monotonic() - start:.0f} s"
+    if time.process_time() - start > SLOW:
+        found = f"took {time.process_time() - start:.0f} s"
     return found
 
 
@@ -518,30 +522,130 @@ def streamed(function):
     return lambda **arguments: list(function(**arguments))
 
 
+# --- command lines ------------------------------------------------------------------------
+
+
+VALUES = (
+    *("0", "1", "2", "-1", "3", "0.5", "1.5", "1e3", "nan", "inf", "-inf", "9" * 21),
+    *(str(2**31), str(2**31 - 1), "", " ", "true", "none", "To be", EVIL, "\0", "\udce9"),
+    *("model=2", "data=2", "data=2,model=2", "model=3", "pipe=2", "fsdp=2", "model=0"),
+    *("model=-1", "crowd=2", "model", "=", "model=2,model=2", "expert=2", "h100", "["),
+    *("(", ".*", "5GB", "0GB", "float32", "int8", "64", "16,32", "16,,", "adapter=nan"),
+)
+PATHS = (
+    *("text.txt", "empty.txt", "bytes.txt", "texts.jsonl", "labels.jsonl", "adapter", "hf"),
+    *("small.gguf", "model", "model", "none", "out", "out.gguf", "a/b", "text.txt/out", ""),
+    *("/", ".", "..", "/dev/null", "~", "-", "org/name", "x" * 300, "\udce9"),
+)
+# What keeps a command short, and options that wait for others or compile for minutes.
+SHORT = {
+    "train": "--steps 1 --batch-size 1 --seq-len 8 --params model --corpus text.txt",
+    "finetune": "--steps 1 --batch-size 1 --seq-len 8 --model model",
+    "bench": "--prompt 8 --tokens 2 --repeats 1 --contexts none --model model",
+    "plan": "--model model",
+} | dict.fromkeys(("demo", "interactive", "chat", "generate"), "--max-tokens 2")
+UNTRIED = {"debug", "help", "distributed", "coordinator", "num_processes", "process_id"}
+UNTRIED |= {"compile"}
+
+
+class Commands:
+    """Commands of which up to three options have some value, in a folder of their own."""
+
+    def __init__(self, root: Path):
+        self.root = root / "commands"
+        self.root.mkdir()
+        here = self.root
+        model = random_model(vocab_size=2048)
+        tokenizer = mx.Tokenizer(TINY_MISTRAL / "tokenizer.model")
+        for name, format in (("model", "mistral"), ("hf", "huggingface")):
+            mx.save(model, here / name, format=format, tokenizer=tokenizer)
+        mx.save(model, here / "small.gguf", format="gguf", tokenizer=tokenizer)
+        adapted = mx.add_lora(model, rank=2, key=jax.random.key(0))
+        mx.save_adapter(adapted, here / "adapter")
+        (here / "text.txt").write_text("the cat sat on the mat\n" * 40)
+        (here / "empty.txt").touch()
+        (here / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+        lines = [{"text": f"line {i}", "label": str(i % 2)} for i in range(12)]
+        (here / "labels.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        texts = [{"text": line["text"]} for line in lines]
+        (here / "texts.jsonl").write_text("\n".join(map(json.dumps, texts)))
+        self.own = {path.name for path in here.iterdir()}
+        choices = next(a.choices for a in make_parser()._actions if a.choices)
+        self.options = {name: sub._actions for name, sub in choices.items()}
+
+    def command(self, rng: random.Random) -> Case:
+        name = rng.choice(sorted(self.options))
+        known = [a for a in self.options[name] if a.dest not in UNTRIED]
+        arguments = [name, *SHORT.get(name, "").split()]
+        options = [a for a in known if a.option_strings]
+        chosen = rng.sample(options, min(len(options), rng.choice([0, 1, 1, 2, 3])))
+        chosen += [a for a in options if a.required and a not in chosen]
+        for action in [a for a in known if not a.option_strings] + chosen:
+            arguments += action.option_strings[:1]
+            if action.nargs != 0:
+                values = rng.choice([VALUES, PATHS, action.choices or PATHS])
+                arguments.append(str(rng.choice(list(values))))
+        return Case(functools.partial(self.run, arguments), (), repr(arguments))
+
+    def run(self, arguments: list[str]) -> object:
+        out, err = io.StringIO(), io.StringIO()
+        stdin, sys.stdin = sys.stdin, io.TextIOWrapper(io.BytesIO(b"To be\nor not\n"))
+        try:
+            with (
+                contextlib.chdir(self.root),
+                contextlib.redirect_stdout(out),
+                contextlib.redirect_stderr(err),
+            ):
+                status = run_command(["--no-compilation-cache", *arguments])
+        except SystemExit as error:  # argparse's
+            status = error.code
+        finally:
+            sys.stdin = stdin
+            for path in self.root.iterdir():
+                if path.name not in self.own:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if status in (0, 1):
+            return None
+        told = [
+            line for line in err.getvalue().split("\n") if line.startswith("mistral_eqx: ")
+        ]
+        if status == 2 and len(told) == 1 and told[0].isprintable() and len(told[0]) < 700:
+            return REFUSED
+        raise AssertionError(f"status {status}: {err.getvalue()[-500:]!r}")
+
+
 # --- the run ------------------------------------------------------------------------------
 
 
-def run(cases: int, seed: int) -> tuple[dict[str, collections.Counter], list[str]]:
+def kinds_of(files: Files, calls: Calls) -> dict[str, Callable[[random.Random], Case]]:
+    return {
+        "header": files.header,
+        "params.json": files.params,
+        "config.json": files.config,
+        "index": files.index,
+        "gguf": files.gguf,
+        "adapter": files.adapter,
+        "examples": files.examples,
+        "tokenizer": files.tokenizer,
+        "tekken": files.tekken,
+        "templates": files.template,
+        "checkpoint": files.checkpoint,
+        "call": calls.call,
+        "prompt": calls.prompt,
+    }
+
+
+def run(
+    cases: int, seed: int, *, commands: bool = False
+) -> tuple[dict[str, collections.Counter], list[str]]:
     """The outcomes for each kind of input, and the faults."""
     logging.getLogger("mistral_eqx").setLevel(logging.ERROR)
     root, counts, faults = Path(tempfile.mkdtemp()), {}, []
     try:
-        files, calls = Files(root), Calls(root)
-        kinds = {
-            "header": files.header,
-            "params.json": files.params,
-            "config.json": files.config,
-            "index": files.index,
-            "gguf": files.gguf,
-            "adapter": files.adapter,
-            "examples": files.examples,
-            "tokenizer": files.tokenizer,
-            "tekken": files.tekken,
-            "templates": files.template,
-            "checkpoint": files.checkpoint,
-            "call": calls.call,
-            "prompt": calls.prompt,
-        }
+        if commands:
+            kinds = {"command": Commands(root).command}
+        else:
+            kinds = kinds_of(Files(root), Calls(root))
         for i in tqdm(range(cases), "fuzz", unit="case", disable=None):
             name = list(kinds)[i % len(kinds)]
             case = kinds[name](random.Random(f"{seed} {i}"))
@@ -561,8 +665,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--commands", action="store_true", help="try command lines")
     options = parser.parse_args()
-    counts, faults = run(options.cases, options.seed)
+    if options.commands:
+        jax.config.update("jax_num_cpu_devices", 8)
+    counts, faults = run(options.cases, options.seed, commands=options.commands)
     columns = ("result", "named error", "anything else")
     print(f"{'':12}" + "".join(f"{column:>15}" for column in columns))
     for name, count in counts.items():

@@ -1,63 +1,96 @@
-"""Kills writers at random moments and looks at what they leave.
+"""Looks at the disk before each step of a writer: that is what a kill there would leave.
 
-    python tests/killed.py FOLDER convert|save|train KILLS
+    python tests/killed.py FOLDER convert|save|train
 
-A child writes again and again, and is killed with SIGKILL. Whatever the moment, the target
-holds the old model or the new one, whole, and the next writer goes on from there and cleans
-up. Prints how many times each was found.
+Python tells of every file that is opened, renamed, made or removed. Before each of these
+the folder is copied. Every copy must hold the old model or the new one, whole; the next
+writer goes on from there, and leaves what the first one left. Prints how many copies hold
+which.
 """
 
 import collections
+import ctypes  # noqa: F401  before it is listened to
 import hashlib
 import os
-import random
-import signal
+import shutil
 import sys
-import time
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 
 import mistral_eqx as mx
-from mistral_eqx.files.atomic import whole_folder
 from mistral_eqx.learning.batches import Slices
 from mistral_eqx.learning.fitting import fit
 
 
-def write(kind: str, folder: Path) -> None:
-    """Writes one model, and then the other."""
+# Folders are exchanged by a function of the system's library, which is looked up first.
+STEPS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "ctypes.dlsym"}
+# What the target holds, in the order in which a writer makes it so.
+STATES = {"convert": ("one", "two"), "save": ("one", "two"), "train": ("nothing", "whole")}
+
+
+class Moments:
+    """Copies of a folder, made before every step while this is a context."""
+
+    def __init__(self, folder: Path):
+        self._folder, self._listens = folder, False
+        self.copies: list[Path] = []
+        sys.addaudithook(self._see)  # it cannot be taken away
+
+    def __enter__(self) -> "Moments":
+        self._listens = True
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._listens = False
+
+    def _see(self, event: str, arguments: tuple) -> None:
+        writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if self._listens and (event in STEPS or writes):
+            self._listens = False
+            copy = self._folder.with_name(f"{self._folder.name}-{len(self.copies)}")
+            self.copies.append(shutil.copytree(self._folder, copy))
+            self._listens = True
+
+
+def write(kind: str, folder: Path) -> list[np.ndarray]:
+    """Writes the second model over the first, or trains. Returns the numbers."""
     if kind == "convert":
-        for source in ("one", "two"):
-            mx.convert(folder / source, folder / "out", format="mistral", force=True)
+        mx.convert(folder / "two", folder / "out", format="mistral", force=True)
     elif kind == "save":
-        for source in ("one", "two"):
-            model = mx.load_model(folder / source, dtype="bfloat16")
-            mx.save(model, folder / "out", force=True)
+        mx.save(mx.load_model(folder / "two", dtype="bfloat16"), folder / "out", force=True)
     else:
         ids = np.arange(300, dtype=np.int32) % 60
         text = Slices("the text", ids, seq_len=8, bos_id=1)
-        fit(
+        model = fit(
             mx.load_model(folder / "one", dtype="float32"),
-            *(text, text),
-            steps=2000,
+            text,
+            None,
+            steps=2,
             batch_size=1,
             checkpoint=folder / "run",
             checkpoint_every=1,
         )
+        return list(map(np.asarray, jax.tree.leaves(model)))
+    return list(map(np.asarray, jax.tree.leaves(mx.load_model(folder / "out"))))
 
 
 def state(kind: str, folder: Path) -> str:
-    """What the target holds: "one", "two", "nothing" or "damaged"."""
+    """One of the `STATES`, or "damaged"."""
     if kind == "train":
         files = [folder / "run", folder / "run.previous"]
         return "whole" if any(map(is_whole, files)) else "nothing"
-    out = folder / "out"
-    if not out.exists():
-        return "nothing"
-    digest = lambda f: hashlib.md5((f / "consolidated.safetensors").read_bytes()).digest()
-    found = [name for name in ("one", "two") if digest(folder / name) == digest(out)]
-    files = sorted(os.listdir(out))
-    return found[0] if found and "params.json" in files else "damaged"
+    digests = {name: digest(folder / name) for name in ("one", "two", "out")}
+    same = [name for name in ("one", "two") if digests[name] == digests["out"]]
+    return same[0] if same else "damaged"
+
+
+def digest(folder: Path) -> dict[str, bytes]:
+    """What is in the files of a folder, by their names."""
+    files = folder.iterdir() if folder.exists() else ()
+    return {file.name: hashlib.md5(file.read_bytes()).digest() for file in files}
 
 
 def is_whole(path: Path) -> bool:
@@ -69,30 +102,22 @@ def is_whole(path: Path) -> bool:
     return zlib.crc32(content[:-4]).to_bytes(4, "little") == content[-4:]
 
 
-def main(folder: Path, kind: str, kills: int) -> None:
-    rng, found = random.Random(0), collections.Counter()
-    for i in range(kills):
-        child = os.fork()
-        if child == 0:
-            while True:
-                write(kind, folder)
-        # The first is killed as soon as it has written once; the others at any time.
-        until = time.monotonic() + 60
-        while i == 0 and state(kind, folder) == "nothing" and time.monotonic() < until:
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 2))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        found[state(kind, folder)] += 1
-    if kind == "convert":
-        # What is left is no obstacle, and is gone afterwards.
-        mx.convert(folder / "one", folder / "out", format="mistral", force=True)
-        assert state(kind, folder) == "one"
-        assert sorted(os.listdir(folder)) == ["one", "out", "two"]
-    with whole_folder(folder / "lock"):
-        pass
-    print(*(f"{name} {n}" for name, n in sorted(found.items())))
+def main(folder: Path, kind: str) -> None:
+    if kind != "train":
+        mx.convert(folder / "one", folder / "out", format="mistral")
+    with Moments(folder) as moments:
+        expected = write(kind, folder)
+    found = [state(kind, copy) for copy in moments.copies]
+    # First the old, then the new, and never the old again.
+    assert found == sorted(found, key=STATES[kind].index), found
+    for copy in moments.copies:
+        for ours, theirs in zip(write(kind, copy), expected, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        assert sorted(os.listdir(copy)) == sorted(os.listdir(folder)), copy
+        shutil.rmtree(copy)
+    counts = collections.Counter(found)
+    print(*(f"{name} {counts[name]}" for name in STATES[kind]))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -28,18 +28,17 @@ def models(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["convert", "save", "train"])
-def test_killed_at_random_moments(kind, models):
-    """`python tests/killed.py` kills more often."""
+def test_killed_at_any_moment(kind, models):
+    """In a process of its own, since Python never stops telling what it opens."""
     done = subprocess.run(
-        [sys.executable, TESTS / "killed.py", models, kind, "4"],
+        [sys.executable, TESTS / "killed.py", models, kind],
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
     words = done.stdout.split()
-    found = dict(zip(words[::2], map(int, words[1::2])))
-    assert sum(found.values()) == 4
-    assert found.keys() <= {"one", "two", "whole"}
+    # There were moments before it was done, and after.
+    assert len(words) == 4 and min(map(int, words[1::2])) > 0, words
 
 
 def run(*arguments, file_size=None):

@@ -227,4 +227,5 @@ def test_bad_options(options, message):
 
 
 def test_the_options_given_can_be_used_again():
+    generate(random_model(), PROMPTS[:1], max_tokens=2, **OPTIONS)
     assert all(not leaf.is_deleted() for leaf in jax.tree.leaves(OPTIONS["sampling"]))

@@ -18,3 +18,15 @@ def test_nothing_but_results_and_named_errors():
     # Each kind of input has had results, and errors.
     assert len(counts) == 13 and all(int(n) > 0 for row in counts for n in row[:2])
     assert all(int(row[2]) == 0 for row in counts)
+
+
+def test_nothing_but_results_and_lines_of_the_command_line():
+    """`python tests/fuzz.py --commands` tries more."""
+    done = subprocess.run(
+        [sys.executable, Path(__file__).parent / "fuzz.py", "--commands", "--cases", "25"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    *_, results, refused, others = done.stdout.split()
+    assert int(results) > 0 and int(refused) > 0 and int(others) == 0

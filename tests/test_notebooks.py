@@ -534,6 +534,16 @@ def test_new_notebook_builds(tmp_path):
     assert len(set(checked)) == 4
 
 
+def test_code_is_shown():
+    shown = [
+        output
+        for source in SOURCES.values()
+        for output in outputs(nbformat.read(NOTEBOOKS / f"{source.stem}.ipynb", 4))
+        if "source" in output.get("metadata", {})
+    ]
+    assert len(shown) > 20
+
+
 def test_shown_code_is_monospaced_and_coloured_everywhere(shipped):
     shown = [o for o in outputs(shipped) if "source" in o.get("metadata", {})]
     for output in shown:

@@ -25,6 +25,7 @@ from mistral_eqx.apps.terminal import read_text, split_held_out
 from mistral_eqx.files import export
 from mistral_eqx.files.folders import read_config
 from mistral_eqx.files.params import config_from_params, config_to_params
+from mistral_eqx.kernels.quantized import is_quantized
 from mistral_eqx.learning import training
 from mistral_eqx.text import TINY_MISTRAL
 
@@ -126,6 +127,13 @@ def test_every_command_quantizes(folder, text, capsys, monkeypatch):
     model = ["--model", folder, "--quantize", "int8"]
     length = ["--max-tokens", 5]
     small = ["--tokens", 4, "--prompt", 8, "--repeats", 1, "--contexts", "none", "--json"]
+    loaded = []
+
+    def load(*arguments, **given):
+        loaded.append(mx.load(*arguments, **given))
+        return loaded[-1]
+
+    monkeypatch.setattr("mistral_eqx.apps.options.load", load)
     for command in (
         ["demo", *length],
         ["interactive", *length],
@@ -138,6 +146,9 @@ def test_every_command_quantizes(folder, text, capsys, monkeypatch):
         assert run(*command, *model) == 0
         out = capsys.readouterr().out
         assert len(out) > 0
+        if command[0] != "bench":
+            model_used, _ = loaded.pop()
+            assert is_quantized(model_used)
     assert json.loads(out)["quantize"] == "int8"
     with pytest.raises(SystemExit):
         run("generate", "To be", "--quantize", "int3")
@@ -453,8 +464,15 @@ def test_score(small, tmp_path, capsys):
 
 
 def test_demo_at_a_temperature(small, capsys):
-    assert main(["demo", small, "--max_tokens", "3", "--temperature", "0.5"]) == 0
-    assert capsys.readouterr().out.count("=====================") == 3
+    texts = {}
+    for temperature in ("0", "5"):
+        shell = ["--max_tokens", "20", "--temperature", temperature]
+        assert main(["demo", small, *shell]) == 0
+        texts[temperature] = capsys.readouterr().out.split("=====================\n")
+    for plain, drawn in zip(texts["0"][:3], texts["5"][:3], strict=True):
+        assert plain != drawn and plain.startswith("This is a") == drawn.startswith(
+            "This is a"
+        )
 
 
 def test_interactive_in_a_terminal(small):

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -129,30 +128,44 @@ def test_all_of_a_model(format, saved, text, tmp_path, capsys):
     assert losses[-1] < losses[0]
 
 
+# A command that sends itself a signal when a step is in the log.
+DYING = """
+import os, sys
+from mistral_eqx.apps.main import main
+from mistral_eqx.learning import fitting
+
+add, last, how = fitting._Log.add, int(sys.argv[1]), int(sys.argv[2])
+
+def add_and_die(log, step, **values):
+    add(log, step, **values)
+    if step == last:
+        os.kill(os.getpid(), how)
+
+fitting._Log.add = add_and_die
+sys.exit(main(sys.argv[3:]))
+"""
+
+
 @trains
 def test_a_killed_run_learns_the_same(saved, text, tmp_path):
-    """With SIGKILL, wherever it happens to be, and then with Ctrl-C."""
-    command = ["finetune", "--model", saved, "--data", text, *OPTIONS, "--steps", 40]
+    """With SIGKILL after step 7, and then with Ctrl-C after step 20."""
+    command = ["finetune", "--model", saved, "--data", text, *OPTIONS, "--steps", 25]
     command += ["--checkpoint-every", 3]
     assert run(*command, tmp_path / "whole") == 0
     expected = log_of(tmp_path / "whole")
     words = [str(word) for word in [*command, tmp_path / "out"]]
     log = tmp_path / "out.training" / "log.jsonl"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    for n, how in ((7, signal.SIGKILL), (20, signal.SIGINT)):
-        child = subprocess.Popen(
-            [sys.executable, "-m", "mistral_eqx", *words],
-            env=environment,
+    for step, how, status in ((7, signal.SIGKILL, -9), (20, signal.SIGINT, 130)):
+        child = subprocess.run(
+            [sys.executable, "-c", DYING, str(step), str(int(how)), *words],
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
             stderr=subprocess.PIPE,
             text=True,
         )
-        while not log.exists() or log.read_text().count('"loss"') < n:
-            assert child.poll() is None, child.stderr.read()
-            time.sleep(0.01)
-        child.send_signal(how)
-        _, told = child.communicate()
-        assert not (tmp_path / "out").exists()
-    assert child.returncode == 130 and "Start the command again to go on" in told
+        assert child.returncode == status, child.stderr
+        steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+        assert step <= max(steps) <= step + 1 and not (tmp_path / "out").exists()
+    assert "Start the command again to go on" in child.stderr
     assert run(*command, tmp_path / "out") == 0
     assert log_of(tmp_path / "out") == expected
     one, two = (

@@ -101,7 +101,7 @@ def test_a_dead_process_ends_the_other(model_folder, start, end):
     _, err = living.communicate(timeout=DEADLINE)
     assert living.returncode != 0
     if end == "killed":
-        assert dying.wait(1) == -signal.SIGKILL
+        assert dying.wait(DEADLINE) == -signal.SIGKILL
     words = ("connection", "heartbeat", "unavailable", "unhealthy")
     assert any(word in err.lower() for word in words), err
 

@@ -549,6 +549,14 @@ def test_every_command_takes_a_mesh(saved, tmp_path, capsys, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_text("To be, or not to be")
     length = ["--max_tokens", 4]
+    used = []
+
+    def load(*arguments, **given):
+        model, tokenizer = mx.load(*arguments, **given)
+        used.append(len(model.norm.weight.sharding.device_set))
+        return model, tokenizer
+
+    monkeypatch.setattr("mistral_eqx.apps.options.load", load)
     for arguments in (
         ["demo", saved, *length],
         ["generate", "To be", "--model", saved, *length, "--seed", 1],
@@ -562,6 +570,7 @@ def test_every_command_takes_a_mesh(saved, tmp_path, capsys, monkeypatch):
             stdin = io.TextIOWrapper(io.BytesIO(b"To be\n"))
             monkeypatch.setattr("sys.stdin", stdin)
             found.append(shell(capsys, *arguments, *mesh))
+            assert used.pop() == (4 if mesh else 1) and not used
         assert found[0][0] == found[1][0] == 0 and len(found[0][1]) > 0
         for word, other in zip(*(out.split() for _, out, _ in found), strict=True):
             if re.fullmatch(r"-?[\d.]+", word):

@@ -282,7 +282,9 @@ def test_a_checkpoint_after_some_minutes(tmp_path, monkeypatch):
     )
     options = OPTIONS | {"checkpoint": tmp_path / "run", "checkpoint_minutes": 5.0}
     fit(small_model(), TEXT, None, **options)
-    assert len(written) > 1 and written[-1] == 6 and written == sorted(set(written))
+    assert written == sorted(set(written)) and written[-1] == 6
+    # After some steps, and not after each: a step takes three minutes or four here.
+    assert 1 < len(written) < 6
 
 
 @trains
