@@ -17,6 +17,7 @@ import io
 import json
 import logging
 import math
+import os
 import random
 import shutil
 import sys
@@ -25,6 +26,9 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+
+
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")  # for commands with a mesh
 
 import jax
 import jax.numpy as jnp
@@ -667,8 +671,6 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commands", action="store_true", help="try command lines")
     options = parser.parse_args()
-    if options.commands:
-        jax.config.update("jax_num_cpu_devices", 8)
     counts, faults = run(options.cases, options.seed, commands=options.commands)
     columns = ("result", "named error", "anything else")
     print(f"{'':12}" + "".join(f"{column:>15}" for column in columns))
