@@ -21,6 +21,7 @@ command is a module with its `HELP`, an `EXAMPLE`, `add_options(parser)` and
 | `compiling.py` | the programs that `plan` compiles for chips that are not here |
 | `bench.py` | how fast a model runs here |
 | `measure.py` | the measurements that `bench` prints |
+| `random_weights.py` | models of any shape for `bench`, with random weights |
 | `train.py` | trains a model |
 | `finetune.py` | trains a model further: an adapter, or all of it |
 | `merge.py` | a model with adapters merged into it |

@@ -10,9 +10,8 @@ import jax
 from ..devices.sharding import shard
 from ..files.checkpoint import load_model
 from ..files.released import RELEASED
-from ..kernels.quantized import quantize
 from ..text import TINY_MISTRAL
-from .measure import bench, check_options, random_model, table
+from .measure import bench, check_options, table
 from .options import (
     adapter_of,
     add_adapter,
@@ -25,6 +24,7 @@ from .options import (
     folder_of,
     mesh_of,
 )
+from .random_weights import random_model
 
 
 HELP = "measure how fast a model runs here: a table on a terminal, JSON elsewhere"
@@ -70,9 +70,8 @@ def run(options: argparse.Namespace) -> None:
     jax.devices()  # starts the platform, which is not a part of loading
     start = time.perf_counter()
     if options.shape is not None:
-        model = random_model(RELEASED[options.shape], dtype=options.dtype)
-        if options.quantize is not None:
-            model = quantize(model, options.quantize)
+        how = {"dtype": options.dtype, "quantize": options.quantize}
+        model = random_model(RELEASED[options.shape], **how)
         model = model if mesh is None else shard(model, mesh)
     else:
         how = {"dtype": options.dtype, "quantize": options.quantize, "mesh": mesh}

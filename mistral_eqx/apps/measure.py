@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jax.typing import DTypeLike
 from tqdm import tqdm
 
 from ..cache import Cache
@@ -25,41 +24,14 @@ from ..config import ModelConfig
 from ..decoding import BLOCK, DecodeState, decode, make_cache, prefill
 from ..devices.sharding import replicate, shard_rows
 from ..files.names import weight_name, weight_shapes
-from ..kernels import dtypes
 from ..prompts import checked_chunk, next_power_of_two
 from ..transformer import Transformer
+from .random_weights import memory_here
 
 
 # The decode steps timed at each length of context, and the bytes that the probe reads.
 CONTEXT_STEPS = 32
 PROBE = 2**29
-
-
-def random_model(config: ModelConfig, *, dtype: DTypeLike | None = None) -> Transformer:
-    """A model with random weights, made on the device and in their dtype.
-
-    **Arguments:**
-
-    - `config`: its shape.
-    - `dtype`: of the weights. By default bfloat16, but float32 on a CPU if the model fits
-        in half of the memory that way: what [`load_model`][] does with bfloat16 files.
-
-    **Raises:**
-
-    `ValueError` if they are more than the device's memory.
-    """
-    numbers = sum(math.prod(shape) for shape in weight_shapes(config).values())
-    memory = _memory()
-    if dtype is None:
-        dtype = dtypes.weights_dtype(numbers, jnp.bfloat16, memory)
-    size = numbers * np.dtype(dtype).itemsize
-    if size > memory:
-        raise ValueError(
-            f"{numbers / 1e9:.1f} billion weights take {size / 1e9:.0f} GB in "
-            f"{np.dtype(dtype)}, and the device has {memory / 1e9:.0f} GB. Choose a "
-            "smaller shape or dtype."
-        )
-    return Transformer(config, dtype=dtype, key=jr.key(0))
 
 
 def decode_bytes(model: Transformer, *, batch: int, context: int) -> float:
@@ -167,7 +139,7 @@ def bench(
     prompts = rng.integers(0, config.vocab_size, (batch, prompt)).tolist()
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
     if contexts is None:
-        contexts = _contexts(config, batch, room=_memory() / 2 - weights, size=itemsize)
+        contexts = _contexts(config, batch, room=memory_here() / 2 - weights, size=itemsize)
     bar = tqdm(desc="bench", total=1 + repeats + len(contexts), unit="run", disable=None)
     with bar:
         # The first run compiles, and its peak is of the model alone: the probe comes later.
@@ -364,13 +336,6 @@ def _told(spread: dict[str, float], unit: float, name: str) -> str:
 def _cores() -> int:
     affinity = getattr(os, "sched_getaffinity", None)
     return os.cpu_count() if affinity is None else len(affinity(0))
-
-
-def _memory() -> int:
-    """Of the device, in bytes."""
-    if jax.default_backend() == "cpu":
-        return dtypes.machine_memory()
-    return jax.devices()[0].memory_stats()["bytes_limit"]
 
 
 def _peak_memory() -> int:

@@ -1,5 +1,6 @@
 """The instruments: what they count, and that they run. No clock is judged."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -15,9 +16,11 @@ import pytest
 from models import PARAMS, random_model, random_tokens
 
 import mistral_eqx as mx
-from mistral_eqx.apps import measure as bench
+from mistral_eqx.apps import measure as bench, random_weights
 from mistral_eqx.apps.main import main
+from mistral_eqx.apps.random_weights import random_model as random_model_of
 from mistral_eqx.attention import visible
+from mistral_eqx.config import MoEConfig
 from mistral_eqx.files.names import weight_shapes
 from mistral_eqx.files.params import config_from_params
 
@@ -130,15 +133,33 @@ def test_mistakes_are_told_in_one_line(arguments, told, capsys):
 
 
 def test_random_weights_are_made_in_their_dtype_if_there_is_room(monkeypatch):
-    model = bench.random_model(config(), dtype="bfloat16")
+    model = random_model_of(config(), dtype="bfloat16")
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(model)} == {"bfloat16"}
-    assert bench.random_model(config()).dtype == jnp.float32
+    assert random_model_of(config()).dtype == jnp.float32
     size = sum(leaf.size for leaf in jax.tree.leaves(model))
-    monkeypatch.setattr(bench, "_memory", lambda: 8 * size - 1)
-    assert bench.random_model(config()).dtype == jnp.bfloat16
-    monkeypatch.setattr(bench, "_memory", lambda: 4 * size - 1)
+    monkeypatch.setattr(random_weights, "memory_here", lambda: 8 * size - 1)
+    assert random_model_of(config()).dtype == jnp.bfloat16
+    monkeypatch.setattr(random_weights, "memory_here", lambda: 4 * size - 1)
     with pytest.raises(ValueError, match="Choose a smaller shape or dtype"):
-        bench.random_model(config(), dtype="float32")
+        random_model_of(config(), dtype="float32")
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("moe", [None, MoEConfig(4, 2)])
+def test_random_weights_are_made_quantized(scheme, moe, monkeypatch):
+    small = config(dim=64, hidden_dim=96, head_dim=16)
+    small = dataclasses.replace(small, moe=moe)
+    like = mx.quantize(random_model_of(small, dtype="bfloat16"), scheme)
+    # There is room for these, and none for what they could be made from.
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(like))
+    monkeypatch.setattr(random_weights, "memory_here", lambda: int(size / 0.9) + 1)
+    model = random_model_of(small, dtype="bfloat16", quantize=scheme)
+    kinds = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+    assert jax.tree.all(jax.tree.map(lambda a, b: a == b, kinds(model), kinds(like)))
+    assert jnp.isfinite(model(jnp.arange(9))[0]).all()
+    monkeypatch.setattr(random_weights, "memory_here", lambda: int(size / 0.9) - 9)
+    with pytest.raises(ValueError, match=f"in {scheme}, and nine tenths"):
+        random_model_of(small, dtype="bfloat16", quantize=scheme)
 
 
 @pytest.mark.parametrize("tied", [False, True])
