@@ -1,98 +1,173 @@
-"""Kills writers at random moments and looks at what they leave.
+"""Kills writers at each of their writes and looks at what they leave.
 
-    python tests/killed.py FOLDER convert|save|train KILLS
+    python tests/killed.py FOLDER
 
-A child writes again and again, and is killed with SIGKILL. Whatever the moment, the target
-holds the old model or the new one, whole, and the next writer goes on from there and cleans
-up. Prints how many times each was found.
+FOLDER holds two models, `one` and `two`. A child kills itself with SIGKILL before it opens
+a file to write, renames, makes or deletes something; and it is killed behind the first
+bytes of each file. Wherever that is, the target holds the old content or the new one,
+whole, nothing else of the user's has changed, and the next writer goes on from there and
+cleans up. Prints for each kind of writer how many times each content was found.
 """
 
 import collections
-import hashlib
 import os
-import random
+import resource
+import shutil
 import signal
 import sys
-import time
+import traceback
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
+# Imported once, and not by each child.
+import gguf  # noqa: F401
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 import mistral_eqx as mx
-from mistral_eqx.files.atomic import whole_folder
-from mistral_eqx.learning.batches import Slices
-from mistral_eqx.learning.fitting import fit
+from mistral_eqx.learning.checkpoints import read_checkpoint, write_checkpoint
 
 
-def write(kind: str, folder: Path) -> None:
-    """Writes one model, and then the other."""
-    if kind == "convert":
-        for source in ("one", "two"):
-            mx.convert(folder / source, folder / "out", format="mistral", force=True)
-    elif kind == "save":
-        for source in ("one", "two"):
-            model = mx.load_model(folder / source, dtype="bfloat16")
-            mx.save(model, folder / "out", force=True)
+STEPS = 3
+# Each kind of writer, and the name of what it writes.
+TARGETS = {
+    "convert": "out",
+    "convert-new": "out",
+    "convert-gguf": "out.gguf",
+    "save": "out",
+    "train": "run",
+}
+WRITES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
+NOT_REACHED = 3
+
+
+def write(kind: str, source: Path, target: Path) -> None:
+    """Writes a model, or the checkpoints that are left to write of a run."""
+    if kind == "save":
+        mx.save(mx.load_model(source, dtype="bfloat16"), target, force=True)
+    elif kind == "train":
+        state = read_checkpoint(target, state_after(0), {}) or state_after(0)
+        for step in range(int(state["step"]), STEPS):
+            write_checkpoint(target, state_after(step + 1), {})
     else:
-        ids = np.arange(300, dtype=np.int32) % 60
-        text = Slices("the text", ids, seq_len=8, bos_id=1)
-        fit(
-            mx.load_model(folder / "one", dtype="float32"),
-            *(text, text),
-            steps=2000,
-            batch_size=1,
-            checkpoint=folder / "run",
-            checkpoint_every=1,
-        )
+        format = "gguf" if kind == "convert-gguf" else "mistral"
+        mx.convert(source, target, format=format, force=True)
 
 
-def state(kind: str, folder: Path) -> str:
-    """What the target holds: "one", "two", "nothing" or "damaged"."""
-    if kind == "train":
-        files = [folder / "run", folder / "run.previous"]
-        return "whole" if any(map(is_whole, files)) else "nothing"
-    out = folder / "out"
-    if not out.exists():
-        return "nothing"
-    digest = lambda f: hashlib.md5((f / "consolidated.safetensors").read_bytes()).digest()
-    found = [name for name in ("one", "two") if digest(folder / name) == digest(out)]
-    files = sorted(os.listdir(out))
-    return found[0] if found and "params.json" in files else "damaged"
+def state_after(step: int) -> dict[str, jax.Array]:
+    """The step comes last in a checkpoint."""
+    numbers = np.full(1000, step, np.float32)
+    return {"numbers": jnp.asarray(numbers), "step": jnp.asarray(step, jnp.int32)}
 
 
-def is_whole(path: Path) -> bool:
-    import zlib
+def die_at(moment: int) -> Callable[[], bool]:
+    """Has this process killed at a moment of its writing: the first is 0. Returns a
+    function that says whether the moment has come."""
+    came = 0
 
-    if not path.exists():
-        return False
-    content = path.read_bytes()
-    return zlib.crc32(content[:-4]).to_bytes(4, "little") == content[-4:]
+    def comes() -> bool:
+        nonlocal came
+        came += 1
+        return came == moment + 1
+
+    def watch(event: str, arguments: tuple) -> None:
+        opens = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        # The exchange of two folders is a function of the C library, which is looked up.
+        exchanges = event == "ctypes.dlsym" and arguments[1].startswith("rename")
+        if not (opens or exchanges or event in WRITES):
+            return
+        if comes():
+            os.kill(os.getpid(), signal.SIGKILL)
+        if opens and comes():
+            # The kernel kills when a file becomes larger, which Python asks it not to do.
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+
+    sys.addaudithook(watch)
+    return lambda: came > moment
 
 
-def main(folder: Path, kind: str, kills: int) -> None:
-    rng, found = random.Random(0), collections.Counter()
-    for i in range(kills):
-        child = os.fork()
-        if child == 0:
-            while True:
-                write(kind, folder)
-        # The first is killed as soon as it has written once; the others at any time.
-        until = time.monotonic() + 60
-        while i == 0 and state(kind, folder) == "nothing" and time.monotonic() < until:
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 2))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        found[state(kind, folder)] += 1
-    if kind == "convert":
-        # What is left is no obstacle, and is gone afterwards.
-        mx.convert(folder / "one", folder / "out", format="mistral", force=True)
-        assert state(kind, folder) == "one"
-        assert sorted(os.listdir(folder)) == ["one", "out", "two"]
-    with whole_folder(folder / "lock"):
-        pass
-    print(*(f"{name} {n}" for name, n in sorted(found.items())))
+def child(work: Callable[[], bool]) -> int:
+    """Works in another process. Returns how that ended: with 0 if `work` returns true."""
+    number = os.fork()
+    if number == 0:
+        status = 1
+        try:
+            status = 0 if work() else NOT_REACHED
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
+
+
+def content(path: Path) -> dict[str, bytes]:
+    """The files at or in a path."""
+    files = [path] if path.is_file() else filter(Path.is_file, path.rglob("*"))
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in files}
+
+
+def step_of(run: Path) -> int:
+    """The step of the newest checkpoint that is whole; 0 without one."""
+    for path in (run, run.with_name("run.previous")):
+        if path.exists() and len(stored := path.read_bytes()) > 4:
+            if zlib.crc32(stored[:-4]).to_bytes(4, "little") == stored[-4:]:
+                numbers = np.frombuffer(stored[-8:-4], np.int32)
+                return int(numbers[0])
+    return 0
+
+
+def main(folder: Path, kind: str) -> None:
+    place, before = folder / "place", folder / "before"
+    target = place / TARGETS[kind]
+    # What is there before, and what a writer that lives makes of it.
+    place.mkdir()
+    (place / "mine").write_text("mine")
+    if kind not in ("convert-new", "train"):
+        assert child(lambda: write(kind, folder / "one", target) or True) == 0
+    shutil.copytree(place, before)
+    assert child(lambda: write(kind, folder / "two", target) or True) == 0
+    old, new, after = content(before / target.name), content(target), content(place)
+    assert old != new
+
+    def killed(moment: int) -> bool:
+        # First it goes on from what the child before it has left, and another one that
+        # had more files.
+        if (partial := target.with_name(target.name + ".partial")).is_dir():
+            (partial / "more").touch()
+        write(kind, folder / "two", target)
+        assert content(place) == after
+        shutil.rmtree(place)
+        shutil.copytree(before, place)
+        comes = die_at(moment)
+        write(kind, folder / "two", target)
+        return comes()
+
+    moment = step = 0
+    found = collections.Counter()
+    while (status := child(lambda: killed(moment))) != NOT_REACHED:
+        # A small file is whole before the kernel kills.
+        assert status in (-signal.SIGKILL, -signal.SIGXFSZ, 0), (kind, moment)
+        is_new = content(target) == new
+        assert is_new or status != 0, (kind, moment)
+        if kind == "train":
+            # What was there at an earlier moment is not lost at a later one.
+            assert step <= (step := step_of(target)), moment
+            found[f"step-{step}"] += 1
+        else:
+            assert is_new or content(target) == old, (kind, moment)
+            found["new" if is_new else "old"] += 1
+        assert (place / "mine").read_text() == "mine"
+        moment += 1
+    assert content(place) == after
+    print(kind, *(f"{name} {n}" for name, n in sorted(found.items())))
+    shutil.rmtree(place)
+    shutil.rmtree(before)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    for kind in TARGETS:
+        main(Path(sys.argv[1]), kind)
