@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -129,30 +128,48 @@ def test_all_of_a_model(format, saved, text, tmp_path, capsys):
     assert losses[-1] < losses[0]
 
 
+# The command line, which prints its steps and sends itself a signal when one begins.
+SIGNALLED = """
+import os, sys
+from mistral_eqx.apps.main import main
+from mistral_eqx.learning import fitting
+
+def signalled(frozen, state, *rest, **more):
+    print(state.step, flush=True)
+    if int(state.step) == int(sys.argv[1]):
+        os.kill(os.getpid(), int(sys.argv[2]))
+    return train_step(frozen, state, *rest, **more)
+
+train_step, fitting.train_step = fitting.train_step, signalled
+sys.exit(main(sys.argv[3:]))
+"""
+
+
 @trains
 def test_a_killed_run_learns_the_same(saved, text, tmp_path):
-    """With SIGKILL, wherever it happens to be, and then with Ctrl-C."""
-    command = ["finetune", "--model", saved, "--data", text, *OPTIONS, "--steps", 40]
+    """With SIGKILL behind a checkpoint, and then with Ctrl-C between two."""
+    command = ["finetune", "--model", saved, "--data", text, *OPTIONS, "--steps", 9]
     command += ["--checkpoint-every", 3]
     assert run(*command, tmp_path / "whole") == 0
     expected = log_of(tmp_path / "whole")
-    words = [str(word) for word in [*command, tmp_path / "out"]]
-    log = tmp_path / "out.training" / "log.jsonl"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    for n, how in ((7, signal.SIGKILL), (20, signal.SIGINT)):
-        child = subprocess.Popen(
-            [sys.executable, "-m", "mistral_eqx", *words],
-            env=environment,
-            stderr=subprocess.PIPE,
+    assert sum("loss" in line for line in expected) == 9
+    work = tmp_path / "out.training"
+    # What the log says when the signal comes: a step is told when the next one is under
+    # way. Ctrl-C waits for the step that it meets.
+    for first, step, how, told in ((0, 5, signal.SIGKILL, 4), (3, 7, signal.SIGINT, 8)):
+        words = [step, int(how), *command, tmp_path / "out"]
+        child = subprocess.run(
+            [sys.executable, "-c", SIGNALLED, *map(str, words)],
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            capture_output=True,
             text=True,
         )
-        while not log.exists() or log.read_text().count('"loss"') < n:
-            assert child.poll() is None, child.stderr.read()
-            time.sleep(0.01)
-        child.send_signal(how)
-        _, told = child.communicate()
         assert not (tmp_path / "out").exists()
-    assert child.returncode == 130 and "Start the command again to go on" in told
+        last = json.loads((work / "log.jsonl").read_text().splitlines()[-1])
+        assert last["step"] == told, child.stderr
+        assert [*map(int, child.stdout.split())] == [*range(first, step + 1)]
+        assert child.returncode == (130 if how == signal.SIGINT else -how), child.stderr
+    assert "Start the command again to go on" in child.stderr
     assert run(*command, tmp_path / "out") == 0
     assert log_of(tmp_path / "out") == expected
     one, two = (
@@ -160,7 +177,7 @@ def test_a_killed_run_learns_the_same(saved, text, tmp_path):
     )
     for name, tensor in one.items():
         np.testing.assert_array_equal(tensor, two[name])
-    assert not log.parent.exists()
+    assert not work.exists()
 
 
 @trains
