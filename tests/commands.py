@@ -1,6 +1,11 @@
 """The command line, called in this process as it is typed."""
 
-from mistral_eqx.apps.main import main
+import argparse
+import functools
+import io
+import pkgutil
+
+from mistral_eqx.apps.main import COMMANDS, main
 
 
 def run(*arguments):
@@ -18,3 +23,54 @@ def fails(capsys, *arguments):
     assert error.startswith("mistral_eqx: ") and error.endswith("\n")
     assert error.count("\n") == 1
     return error
+
+
+@functools.cache
+def commands_with(option):
+    """The names of the commands that have an option."""
+    found = set()
+    for name, command in COMMANDS.items():
+        command.add_options(parser := argparse.ArgumentParser())
+        if option in parser.format_help():
+            found.add(name)
+    return found
+
+
+def typed(monkeypatch, content=b"To be\n"):
+    """What the next command reads from standard input."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+
+# What a command gives its model to.
+USES = [
+    "demo.generate",
+    "generate.generate",
+    "generate.beam_search",
+    "interactive.stream",
+    "chat.Chat",
+    "score.score",
+    "evaluate.score",
+    "bench.bench",
+]
+
+
+def record_models(monkeypatch):
+    """A list, which gets each model that a command uses. Training ends with an error of the
+    user's before its first step."""
+    models = []
+
+    def recording(function):
+        def record(model, *arguments, **options):
+            models.append(model)
+            return function(model, *arguments, **options)
+
+        return record
+
+    def enough(*arguments, **options):
+        raise ValueError("enough")
+
+    for name in USES:
+        path = f"mistral_eqx.apps.{name}"
+        monkeypatch.setattr(path, recording(pkgutil.resolve_name(path)))
+    monkeypatch.setattr("mistral_eqx.learning.fitting.fit", recording(enough))
+    return models

@@ -227,5 +227,8 @@ def test_bad_options(options, message):
 
 
 def test_the_options_given_can_be_used_again():
-    generate(random_model(), PROMPTS[:1], max_tokens=2, **OPTIONS)
-    assert all(not leaf.is_deleted() for leaf in jax.tree.leaves(OPTIONS["sampling"]))
+    """Nothing of them is given away with what a step donates."""
+    rows = [generate(random_model(), PROMPTS, max_tokens=5, **OPTIONS) for _ in range(2)]
+    assert [row.tokens for row in rows[0]] == [row.tokens for row in rows[1]]
+    arrays = jax.tree.leaves([OPTIONS["sampling"], OPTIONS["key"]])
+    assert not any(array.is_deleted() for array in arrays)

@@ -69,7 +69,7 @@ def program(folder):
     }
 
 
-def dying(folder, end):
+def dying(folder, how):
     """Two texts, of which the second process makes only the first."""
     import mistral_eqx as mx
     from mistral_eqx import generation
@@ -78,21 +78,43 @@ def dying(folder, end):
     model = mx.load_model(folder, mesh=mesh, dtype=jnp.float32)
     for last in (False, True):
         if last and jax.process_index() == 1:
-            os.kill(os.getpid(), {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}[end])
+            os.kill(os.getpid(), how)
         generation.generate(model, [[5, 6, 7]], max_tokens=2, key=jax.random.key(0))
+
+
+def killed(folder, *distributed):
+    """The command line, whose second process is killed behind its first text."""
+    from mistral_eqx.apps import generate as command
+    from mistral_eqx.apps.main import main
+
+    generate = command.generate
+
+    def twice(*arguments, **options):
+        generate(*arguments, **options)
+        if jax.process_index() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return generate(*arguments, **options)
+
+    command.generate = twice
+    arguments = ["generate", "To be", "--model", folder, "--max-tokens", "2"]
+    names = ("--coordinator", "--num-processes", "--process-id")
+    arguments += ["--mesh", "data=2,model=4", *sum(zip(names, distributed), ())]
+    return main(arguments)
 
 
 def main(folder, coordinator, n, process, end):
     from mistral_eqx.devices.processes import connect
 
+    if end == "killed":
+        return killed(folder, coordinator, n, process)
     # A machine with much to do is slow, and not dead.
-    timeout = {"stopped": 20, "killed": 60}.get(end, 200)
+    timeout = {"stopped": 20}.get(end, 200)
     connect(coordinator, int(n), int(process), heartbeat_timeout=timeout)
     if end == "whole":
         print(json.dumps(program(folder)), flush=True)
     else:
-        dying(folder, end)
+        dying(folder, signal.SIGSTOP)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main(*sys.argv[1:]))

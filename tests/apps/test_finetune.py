@@ -128,43 +128,47 @@ def test_all_of_a_model(format, saved, text, tmp_path, capsys):
     assert losses[-1] < losses[0]
 
 
-# A command that sends itself a signal when a step is in the log.
-DYING = """
+# The command line, which prints its steps and sends itself a signal when one begins.
+SIGNALLED = """
 import os, sys
 from mistral_eqx.apps.main import main
 from mistral_eqx.learning import fitting
 
-add, last, how = fitting._Log.add, int(sys.argv[1]), int(sys.argv[2])
+def signalled(frozen, state, *rest, **more):
+    print(state.step, flush=True)
+    if int(state.step) == int(sys.argv[1]):
+        os.kill(os.getpid(), int(sys.argv[2]))
+    return train_step(frozen, state, *rest, **more)
 
-def add_and_die(log, step, **values):
-    add(log, step, **values)
-    if step == last:
-        os.kill(os.getpid(), how)
-
-fitting._Log.add = add_and_die
+train_step, fitting.train_step = fitting.train_step, signalled
 sys.exit(main(sys.argv[3:]))
 """
 
 
 @trains
 def test_a_killed_run_learns_the_same(saved, text, tmp_path):
-    """With SIGKILL after step 7, and then with Ctrl-C after step 20."""
-    command = ["finetune", "--model", saved, "--data", text, *OPTIONS, "--steps", 25]
+    """With SIGKILL behind a checkpoint, and then with Ctrl-C between two."""
+    command = ["finetune", "--model", saved, "--data", text, *OPTIONS, "--steps", 9]
     command += ["--checkpoint-every", 3]
     assert run(*command, tmp_path / "whole") == 0
     expected = log_of(tmp_path / "whole")
-    words = [str(word) for word in [*command, tmp_path / "out"]]
-    log = tmp_path / "out.training" / "log.jsonl"
-    for step, how, status in ((7, signal.SIGKILL, -9), (20, signal.SIGINT, 130)):
+    assert sum("loss" in line for line in expected) == 9
+    work = tmp_path / "out.training"
+    # What the log says when the signal comes: a step is told when the next one is under
+    # way. Ctrl-C waits for the step that it meets.
+    for first, step, how, told in ((0, 5, signal.SIGKILL, 4), (3, 7, signal.SIGINT, 8)):
+        words = [step, int(how), *command, tmp_path / "out"]
         child = subprocess.run(
-            [sys.executable, "-c", DYING, str(step), str(int(how)), *words],
+            [sys.executable, "-c", SIGNALLED, *map(str, words)],
             env=os.environ | {"JAX_PLATFORMS": "cpu"},
-            stderr=subprocess.PIPE,
+            capture_output=True,
             text=True,
         )
-        assert child.returncode == status, child.stderr
-        steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
-        assert step <= max(steps) <= step + 1 and not (tmp_path / "out").exists()
+        assert not (tmp_path / "out").exists()
+        last = json.loads((work / "log.jsonl").read_text().splitlines()[-1])
+        assert last["step"] == told, child.stderr
+        assert [*map(int, child.stdout.split())] == [*range(first, step + 1)]
+        assert child.returncode == (130 if how == signal.SIGINT else -how), child.stderr
     assert "Start the command again to go on" in child.stderr
     assert run(*command, tmp_path / "out") == 0
     assert log_of(tmp_path / "out") == expected
@@ -173,7 +177,7 @@ def test_a_killed_run_learns_the_same(saved, text, tmp_path):
     )
     for name, tensor in one.items():
         np.testing.assert_array_equal(tensor, two[name])
-    assert not log.parent.exists()
+    assert not work.exists()
 
 
 @trains

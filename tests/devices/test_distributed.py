@@ -95,15 +95,22 @@ def test_two_processes_make_what_one_does(model_folder, start):
     assert both == [expected, expected]
 
 
-@pytest.mark.parametrize("end", ["killed", "stopped"])
-def test_a_dead_process_ends_the_other(model_folder, start, end):
-    living, dying = start(worker(model_folder, end))
+def test_a_killed_process_ends_the_other(model_folder, start):
+    """At once, because a connection is closed, and without waiting for a heartbeat."""
+    living, dying = start(worker(model_folder, "killed"))
+    _, err = living.communicate(timeout=DEADLINE)
+    assert living.returncode == 1
+    assert dying.wait(60) == -signal.SIGKILL
+    assert "mistral_eqx: Process 0 cannot go on without the others: " in err
+    assert "Gloo" in err and "heartbeat" not in err, err
+
+
+def test_a_stopped_process_ends_the_other(model_folder, start):
+    living, _ = start(worker(model_folder, "stopped"))
     _, err = living.communicate(timeout=DEADLINE)
     assert living.returncode != 0
-    if end == "killed":
-        assert dying.wait(DEADLINE) == -signal.SIGKILL
-    words = ("connection", "heartbeat", "unavailable", "unhealthy")
-    assert any(word in err.lower() for word in words), err
+    # Process 1, in the next line.
+    assert "unhealthy (stopped sending heartbeats):\n1\n" in err, err
 
 
 def command(*more, n=2):

@@ -1,7 +1,6 @@
 """A model on many devices is the same model, and every device holds its part of it."""
 
 import collections
-import io
 import json
 import re
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from commands import commands_with, record_models, typed
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from models import random_model, random_tokens
 
@@ -547,31 +547,41 @@ def shell(capsys, *arguments):
 
 def test_every_command_takes_a_mesh(saved, tmp_path, capsys, monkeypatch):
     text = tmp_path / "text.txt"
-    text.write_text("To be, or not to be")
-    length = ["--max_tokens", 4]
-    used = []
-
-    def load(*arguments, **given):
-        model, tokenizer = mx.load(*arguments, **given)
-        used.append(len(model.norm.weight.sharding.device_set))
-        return model, tokenizer
-
-    monkeypatch.setattr("mistral_eqx.apps.options.load", load)
-    for arguments in (
+    text.write_text("To be, or not to be, that is the question. " * 8)
+    length, model = ["--max_tokens", 4], ["--model", saved]
+    small = ["--tokens", 4, "--prompt", 8, "--repeats", 1, "--contexts", "none"]
+    learn = ["--batch-size", 4, "--seq-len", 4]
+    params = ["--params", saved, "--tokenizer", saved / "tokenizer.model"]
+    commands = [
         ["demo", saved, *length],
-        ["generate", "To be", "--model", saved, *length, "--seed", 1],
-        ["generate", "To be", "--model", saved, *length, "--beams", 2],
+        ["generate", "To be", *model, *length, "--seed", 1],
+        ["generate", "To be", *model, *length, "--beams", 2],
         ["interactive", saved, *length],
-        ["score", text, "--model", saved],
-        ["evaluate", text, "--model", saved],
-    ):
-        found = []
-        for mesh in ([], ["--mesh", "data=2,model=2"]):
-            stdin = io.TextIOWrapper(io.BytesIO(b"To be\n"))
-            monkeypatch.setattr("sys.stdin", stdin)
+        ["chat", *model, *length],
+        ["score", text, *model],
+        ["evaluate", text, *model],
+        ["bench", *model, *small],
+        ["finetune", tmp_path / "one", *model, "--data", text, *learn],
+        ["train", tmp_path / "two", *params, "--corpus", text, *learn],
+    ]
+    assert {words[0] for words in commands} == commands_with("--mesh") - {"plan"}
+    models = record_models(monkeypatch)
+    for arguments in commands:
+        learns = arguments[0] in ("finetune", "train")
+        meshes, found, n_devices = [["--mesh", "data=2,model=2"]], [], []
+        # What learns ends before it has learnt, `bench` tells how long it took, and `chat`
+        # continues a prompt as `interactive` does.
+        told_alike = not learns and arguments[0] not in ("bench", "chat")
+        for mesh in [[], *meshes] if told_alike else meshes:
+            typed(monkeypatch)
             found.append(shell(capsys, *arguments, *mesh))
-            assert used.pop() == (4 if mesh else 1) and not used
-        assert found[0][0] == found[1][0] == 0 and len(found[0][1]) > 0
+            assert found[-1][0] == (2 if learns else 0)
+            n_devices.append([len(m.norm.weight.devices()) for m in models])
+            models.clear()
+        assert n_devices == ([[1], [4]] if told_alike else [[4]]), arguments
+        if not told_alike:
+            continue
+        assert len(found[0][1]) > 0
         for word, other in zip(*(out.split() for _, out, _ in found), strict=True):
             if re.fullmatch(r"-?[\d.]+", word):
                 assert float(word) == pytest.approx(float(other), rel=1e-5)

@@ -274,17 +274,21 @@ def test_ctrl_c_saves(tmp_path, monkeypatch):
 
 @trains
 def test_a_checkpoint_after_some_minutes(tmp_path, monkeypatch):
-    minute = itertools.count(step=60)
-    monkeypatch.setattr(fitting.time, "monotonic", lambda: next(minute))
-    written = []
+    minutes, written = [0], []
+
+    def of_a_minute(*arguments, **options):
+        minutes[0] += 1
+        return train_step(*arguments, **options)
+
+    monkeypatch.setattr(fitting, "train_step", of_a_minute)
+    monkeypatch.setattr(fitting.time, "monotonic", lambda: 60.0 * minutes[0])
     monkeypatch.setattr(
         fitting, "write_checkpoint", lambda p, s, r: written.append(int(s.step))
     )
-    options = OPTIONS | {"checkpoint": tmp_path / "run", "checkpoint_minutes": 5.0}
-    fit(small_model(), TEXT, None, **options)
-    assert written == sorted(set(written)) and written[-1] == 6
-    # After some steps, and not after each: a step takes three minutes or four here.
-    assert 1 < len(written) < 6
+    options = OPTIONS | {"checkpoint": tmp_path / "run", "checkpoint_every": 5}
+    fit(small_model(), TEXT, None, **options | {"steps": 8}, checkpoint_minutes=1.5)
+    # After each two minutes; the fifth step begins to count anew, and the last is due.
+    assert written == [2, 4, 5, 7, 8]
 
 
 @trains
