@@ -52,7 +52,8 @@ def search_both(window, prompts, **options):
             ends = [sequence.index(eos) for eos in eos_ids if eos in sequence]
             sequence = sequence[: min(ends, default=len(sequence))]
         assert beam.tokens == sequence
-        np.testing.assert_allclose(beam.score, scores[i], atol=5e-4)
+        # Sums of float32 logarithms: 5e-7 apart is what is seen on one processor.
+        np.testing.assert_allclose(beam.score, scores[i], rtol=2e-5)
     return ours
 
 

@@ -1,5 +1,7 @@
 """Whatever way tokens take to their experts, the sum is that over all experts, masked."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -38,6 +40,7 @@ def normal(*shape, seed=0):
     return jnp.asarray(values, jnp.float32)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def experts_of(n, dim=DIM, hidden=HIDDEN):
     make = lambda key: FeedForward(dim, hidden, dtype=jnp.float32, key=key)
     return jax.vmap(make)(jax.random.split(jax.random.key(0), n))
@@ -86,7 +89,7 @@ def test_all_tokens_for_one_expert(seq):
     experts, x = experts_of(4), normal(seq, DIM)
     chosen, weights = jnp.full((seq, 1), 2, jnp.int32), jnp.ones((seq, 1))
     alone = jax.tree.map(lambda leaf: leaf[2], experts)
-    assert_close(mix(experts, x, chosen, weights), alone(x))
+    assert_close(jax.jit(mix)(experts, x, chosen, weights), alone(x))
 
 
 @pytest.mark.parametrize("seq", [1, 30])
@@ -97,7 +100,7 @@ def test_a_batch_is_its_rows(seq):
     out = jax.jit(run)(experts, x, chosen, weights)
     assert_close(out, exact(experts, x, chosen, weights))
     # A batch of batches, an axis that is not the first, and one that some do not have.
-    nested = jax.vmap(run, in_axes=(None, 0, None, 1))
+    nested = jax.jit(jax.vmap(run, in_axes=(None, 0, None, 1)))
     twice = nested(experts, jnp.stack([x, -x]), chosen, jnp.stack([weights, weights], 1))
     assert_close(twice[0], out)
     other = exact(experts, -x, chosen, weights)
@@ -107,7 +110,8 @@ def test_a_batch_is_its_rows(seq):
 def test_many_models():
     experts = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), experts_of(4))
     x, (chosen, weights) = normal(6, DIM), routed((6,), 4, 2)
-    out = jax.vmap(mix, in_axes=(0, None, None, None))(experts, x, chosen, weights)
+    run = jax.jit(jax.vmap(mix, in_axes=(0, None, None, None)))
+    out = run(experts, x, chosen, weights)
     for i in range(2):
         model = jax.tree.map(lambda leaf: leaf[i], experts)
         expected = exact(model, x, chosen, weights)
@@ -121,7 +125,8 @@ def test_experts_that_are_elsewhere(seq):
     chosen, weights = routed((seq,), 4, 2)
     here = [jax.tree.map(lambda leaf: leaf[i : i + 2], experts) for i in (0, 2)]
     for function in (mix, mix.plain):
-        parts = [function(e, x, chosen - i, weights) for e, i in zip(here, (0, 2))]
+        run = jax.jit(function)
+        parts = [run(e, x, chosen - i, weights) for e, i in zip(here, (0, 2))]
         assert all(np.abs(part).max() > 0.1 for part in parts)
         expected = exact(experts, x, chosen, weights)
         assert_close(sum(parts), expected)
@@ -194,7 +199,7 @@ def test_ties_go_to_the_first():
 @pytest.mark.parametrize("seq", [5, 40])
 def test_a_token_that_is_no_number_spoils_no_other(seq):
     config = ModelConfig(**PARAMS | {"sliding_window": None, "moe": MoEConfig(4, 2)})
-    moe = MixtureOfExperts(config, dtype=jnp.float32, key=jax.random.key(0))
+    moe = eqx.filter_jit(MixtureOfExperts(config, dtype=jnp.float32, key=jax.random.key(0)))
     x = normal(seq, config.dim)
     spoilt = moe(x.at[3].set(jnp.nan))
     assert np.isnan(spoilt[3]).all()
@@ -238,7 +243,8 @@ def test_only_the_chosen_experts_are_read(batch, seq):
     experts, x = experts_of(8), normal(batch, seq, DIM)
     chosen, weights = routed((batch, seq), 3, 2)
     poisoned = jax.tree.map(lambda leaf: leaf.at[3:].set(jnp.nan), experts)
-    out = jax.vmap(mix, in_axes=(None, 0, 0, 0))(poisoned, x, chosen, weights)
+    run = jax.jit(jax.vmap(mix, in_axes=(None, 0, 0, 0)))
+    out = run(poisoned, x, chosen, weights)
     assert_close(out, exact(experts, x, chosen, weights))
 
 

@@ -69,10 +69,19 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
     **Raises:**
 
-    `FileExistsError` if another process is writing the same folder.
+    `FileExistsError` if another process is writing the same folder, or if one was killed
+    when the old `target` was not there any more and the new one was not yet.
     """
     partial = _partial(target)
+    old = target.with_name(target.name + ".replaced.partial")
     with locked(partial):
+        if old.exists() and not target.exists():
+            raise FileExistsError(
+                f"{old} is what {target} was before a writer was killed. Give it that name "
+                "again, or delete it."
+            )
+        if old.exists():
+            shutil.rmtree(old)
         for left in partial.iterdir():
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         try:
@@ -82,7 +91,6 @@ def whole_folder(target: Path) -> Iterator[Path]:
             elif _exchange(partial, target):
                 shutil.rmtree(partial)
             else:
-                old = target.with_name(target.name + ".replaced")
                 target.rename(old)
                 partial.rename(target)
                 shutil.rmtree(old)

@@ -265,6 +265,30 @@ def test_an_empty_folder_is_not_left_behind(tmp_path):
     assert os.listdir(tmp_path / "work") == ["file"]
 
 
+def test_where_folders_cannot_be_exchanged(tmp_path, monkeypatch):
+    """A writer may be killed when the old folder has another name."""
+    monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
+    target, old = tmp_path / "target", tmp_path / "target.replaced.partial"
+
+    def write(text):
+        with atomic.whole_folder(target) as partial:
+            (partial / "config.json").write_text(text)
+
+    for text in "01":
+        write(text)
+    assert os.listdir(tmp_path) == ["target"]
+    # Killed while it deleted the old one,
+    shutil.copytree(target, old)
+    write("2")
+    assert os.listdir(tmp_path) == ["target"]
+    # or before the new one had its name.
+    target.rename(old)
+    with pytest.raises(FileExistsError, match="is what .*target was before a writer was"):
+        write("3")
+    assert os.listdir(tmp_path) == [old.name]
+    assert (old / "config.json").read_text() == "2"
+
+
 def test_old_or_new_is_there_at_every_moment(tmp_path):
     """Also while a folder is replaced. And what a killed writer has left is cleaned up."""
     target = tmp_path / "target"
