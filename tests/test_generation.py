@@ -1,6 +1,5 @@
 import collections
 import dataclasses
-import threading
 
 import equinox as eqx
 import jax
@@ -276,38 +275,16 @@ def test_the_cache_is_updated_in_place(window):
     assert sum(" while(" in line for line in lines) == 1
 
 
-def test_a_block_is_under_way_while_another_is_read(monkeypatch):
-    """Each block but the first has begun when the one before it is read, and none waits for
-    it to end: the second block ends only when the first one has been read."""
-    events, first_is_read = [], threading.Event()
-    waited, read = [], generation._read
-
-    def wait(tokens):
-        waited.append(first_is_read.wait(60))
-        return tokens
-
-    @jax.jit
-    def behind_a_wait(tokens):
-        return jax.pure_callback(wait, jax.typeof(tokens), tokens)
-
-    def begin_block(*arguments):
-        events.append("begin")
-        state, made = decode(*arguments)
-        if events.count("begin") == 2:
-            made = eqx.tree_at(lambda m: m.tokens, made, replace_fn=behind_a_wait)
-        return state, made
-
-    def read_block(made):
-        rows = read(made)
-        events.append("read")
-        first_is_read.set()
-        return rows
-
-    monkeypatch.setattr(generation, "decode", begin_block)
-    monkeypatch.setattr(generation, "_read", read_block)
-    generate(random_model(), PROMPTS, max_tokens=3 * BLOCK)
-    assert events == ["begin", "begin", "read", "begin", "read", "read"]
-    assert waited == [True]
+def test_a_block_is_under_way_while_another_is_read():
+    model = random_model(dim=512, hidden_dim=2048, sliding_window=None)
+    state = begin(model, PROMPTS, max_tokens=11 * BLOCK)
+    under_way = []
+    # On a busy machine a block may be done before anybody looks; not ten times.
+    for _ in range(10):
+        state, choice = decode(model, state, jnp.int32(BLOCK))
+        under_way.append(not choice.tokens.is_ready())
+        choice.tokens.block_until_ready()
+    assert any(under_way)
 
 
 @pytest.mark.parametrize("window", [8, None])

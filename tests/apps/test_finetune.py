@@ -27,7 +27,8 @@ TALK = [
     {"role": "assistant", "content": "I am the cat."},
 ]
 # The tokenizer of the embedded model has no template, so it is Mistral's first.
-OPTIONS = ["--batch-size", 2, "--seq-len", 24, "--lora-rank", 4, "--learning-rate", 1e-2]
+OPTIONS = ["--batch-size", 2, "--seq-len", 24, "--learning-rate", 1e-2]
+LORA = [*OPTIONS, "--lora-rank", 4]
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_an_answer_is_learnt(talk, tmp_path, capsys):
     assert before.text != TALK[1]["content"]
     out = tmp_path / "adapter"
     # More than the template and the words of a question does not fit.
-    options = [*OPTIONS, "--seq-len", 40, "--steps", 30]
+    options = [*LORA, "--seq-len", 40, "--steps", 30]
     assert run("finetune", out, "--data", talk, *options) == 0
     told = capsys.readouterr()
     assert "7 examples of" in told.err and "of 5,388,032 (2.02%), an adapter" in told.err
@@ -148,7 +149,7 @@ sys.exit(main(sys.argv[3:]))
 @trains
 def test_a_killed_run_learns_the_same(saved, text, tmp_path):
     """With SIGKILL behind a checkpoint, and then with Ctrl-C between two."""
-    command = ["finetune", "--model", saved, "--data", text, *OPTIONS, "--steps", 9]
+    command = ["finetune", "--model", saved, "--data", text, *LORA, "--steps", 9]
     command += ["--checkpoint-every", 3]
     assert run(*command, tmp_path / "whole") == 0
     expected = log_of(tmp_path / "whole")
@@ -190,7 +191,7 @@ def test_a_run_that_diverges(saved, text, tmp_path, monkeypatch, capsys):
         return state, jax.tree.map(lambda x: x + nan, outcome)
 
     monkeypatch.setattr(fitting, "train_step", poisoned)
-    command = ["finetune", tmp_path / "out", "--model", saved, "--data", text, *OPTIONS]
+    command = ["finetune", tmp_path / "out", "--model", saved, "--data", text, *LORA]
     command += ["--steps", 9, "--checkpoint-every", 2]
     assert run(*command) == 2
     told = capsys.readouterr().err
@@ -200,7 +201,7 @@ def test_a_run_that_diverges(saved, text, tmp_path, monkeypatch, capsys):
 
 
 def test_a_dry_run(saved, text, tmp_path, capsys):
-    command = ["finetune", tmp_path / "out", "--model", saved, "--data", text, *OPTIONS]
+    command = ["finetune", tmp_path / "out", "--model", saved, "--data", text, *LORA]
     assert run(*command, "--dry-run", "--quantize", "int8", "--epochs", 3) == 0
     told = capsys.readouterr()
     assert told.out == "" and "an adapter" in told.err and "of weights" in told.err
@@ -281,7 +282,7 @@ def test_labels_are_learnt(labelled, saved, tmp_path, capsys):
     """A new head on a model, which is then trained further, as a whole."""
     out, again = tmp_path / "classifier", tmp_path / "again"
     command = ["finetune", "--data", labelled, *OPTIONS, "--seq-len", 8]
-    options = ["--steps", 60, "--batch-size", 8]
+    options = ["--lora-rank", 4, "--steps", 60, "--batch-size", 8]
     assert run(*command, *options, "--model", saved, out) == 0
     told = capsys.readouterr()
     assert "22 texts of" in told.err and "with 2 labels" in told.err
