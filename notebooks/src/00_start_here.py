@@ -1,6 +1,6 @@
 # ---
 # jupyter:
-#   budget: 50
+#   budget: 70
 #   cover: 0
 # ---
 

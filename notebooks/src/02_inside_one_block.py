@@ -1,6 +1,6 @@
 # ---
 # jupyter:
-#   budget: 90
+#   budget: 120
 #   cover: 7
 # ---
 

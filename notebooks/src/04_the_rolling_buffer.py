@@ -1,6 +1,6 @@
 # ---
 # jupyter:
-#   budget: 95
+#   budget: 125
 #   cover: 0
 # ---
 

@@ -1,6 +1,6 @@
 # ---
 # jupyter:
-#   budget: 110
+#   budget: 145
 #   cover: 2
 # ---
 

@@ -1,6 +1,6 @@
 # ---
 # jupyter:
-#   budget: 100
+#   budget: 130
 #   cover: 5
 # ---
 

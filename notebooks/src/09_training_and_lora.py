@@ -1,6 +1,6 @@
 # ---
 # jupyter:
-#   budget: 120
+#   budget: 160
 #   cover: 3
 # ---
 

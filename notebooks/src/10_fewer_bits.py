@@ -1,6 +1,6 @@
 # ---
 # jupyter:
-#   budget: 105
+#   budget: 140
 #   cover: 2
 # ---
 
