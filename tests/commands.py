@@ -26,14 +26,22 @@ def fails(capsys, *arguments):
 
 
 @functools.cache
+def actions():
+    """What each command takes, as argparse has it."""
+    found = {}
+    for name, command in COMMANDS.items():
+        command.add_options(parser := argparse.ArgumentParser(add_help=False))
+        found[name] = parser._actions
+    return found
+
+
 def commands_with(option):
     """The names of the commands that have an option."""
-    found = set()
-    for name, command in COMMANDS.items():
-        command.add_options(parser := argparse.ArgumentParser())
-        if option in parser.format_help():
-            found.add(name)
-    return found
+    return {
+        n
+        for n, taken in actions().items()
+        if any(option in a.option_strings for a in taken)
+    }
 
 
 def typed(monkeypatch, content=b"To be\n"):

@@ -7,7 +7,7 @@ from ..files.adapted import convert_adapter
 from ..files.export import convert
 from ..files.folders import adapter_files, holds_weights
 from ..files.gguf_export import TYPES
-from .options import adapter_of, add_adapter, add_dtype, adder, check_unused
+from .options import adapter_of, add_adapter, add_dtype, adder, check_unused, given
 
 
 HELP = "write a model in another format, or in another dtype"
@@ -66,6 +66,6 @@ def run(options: argparse.Namespace) -> None:
         adapter=adapter_of(options),
         format=options.to,
         dtype=options.type or options.dtype,
-        max_shard_size=options.max_shard_size or "5GB",
         force=options.force,
+        **given({"max_shard_size": options.max_shard_size}),
     )

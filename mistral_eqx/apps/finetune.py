@@ -52,6 +52,7 @@ from .options import (
     check_counts,
     check_unused,
     folder_of,
+    given,
     mesh_of,
 )
 from .terminal import read_text
@@ -167,8 +168,8 @@ def run(options: argparse.Namespace) -> None:
         model = load_adapter(model, options.adapter)
     elif not options.full:
         shape = {"rank": options.lora_rank, "scale": options.lora_scale}
-        given = _given(shape | {"layers": options.layers})
-        model = add_lora(model, **given, key=jax.random.key(options.seed))
+        shape = given(shape | {"layers": options.layers})
+        model = add_lora(model, **shape, key=jax.random.key(options.seed))
     steps = options.steps
     if steps is None:
         steps = max(1, round(options.epochs * data.n_rows / options.batch_size))
@@ -285,7 +286,7 @@ def _save(
     """The adapter alone, or all of the model in the dtype and format of its folder."""
     source = folder_of(options)
     if has_lora(model) and not isinstance(model, Classifier):
-        names = _given({"format": options.format, "base": str(source)})
+        names = given({"format": options.format, "base": str(source)})
         save_adapter(model, out, **names, companions=companions)
         return
     checkpoint = open_trunk(source)
@@ -295,10 +296,6 @@ def _save(
     else:
         format = MISTRAL if checkpoint.format == GGUF else checkpoint.format
         save(model, out, **files, format=format)
-
-
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
 
 
 def _lines(log: Path) -> list[dict[str, Any]]:

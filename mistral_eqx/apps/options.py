@@ -215,6 +215,11 @@ def check_unused(options: argparse.Namespace, why: str, *names: str) -> None:
             raise ValueError(f"--{name.replace('_', '-')} means nothing {why}.")
 
 
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    """Those that are not `None`: the others are left to the defaults of what is called."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def check_counts(options: argparse.Namespace, *names: str) -> None:
     """Raises `ValueError` for an option that is below 1, or more than 32 bits hold."""
     for name in names:

@@ -638,6 +638,7 @@ def test_a_closed_pipe_is_no_error(small):
         (["convert", "x", "y", "--model", "z", "--type", "f16"], "--type means nothing"),
         (["convert", "x", "y.gguf", "--max-shard-size", "1GB"], "which is one file"),
         (["convert", "x", "y", "--to", "peft"], "converted with --model"),
+        (["convert", str(TINY_MISTRAL), "y", "--max-shard-size", ""], "max_shard_size"),
         (["sing"], "sing"),
         ([], "COMMAND"),
     ],

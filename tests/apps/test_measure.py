@@ -18,7 +18,6 @@ from models import PARAMS, random_model, random_tokens
 import mistral_eqx as mx
 from mistral_eqx.apps import measure as bench, random_weights
 from mistral_eqx.apps.main import main
-from mistral_eqx.apps.random_weights import random_model as random_model_of
 from mistral_eqx.attention import visible
 from mistral_eqx.config import MoEConfig
 from mistral_eqx.files.names import weight_shapes
@@ -133,15 +132,15 @@ def test_mistakes_are_told_in_one_line(arguments, told, capsys):
 
 
 def test_random_weights_are_made_in_their_dtype_if_there_is_room(monkeypatch):
-    model = random_model_of(config(), dtype="bfloat16")
+    model = random_weights.random_model(config(), dtype="bfloat16")
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(model)} == {"bfloat16"}
-    assert random_model_of(config()).dtype == jnp.float32
+    assert random_weights.random_model(config()).dtype == jnp.float32
     size = sum(leaf.size for leaf in jax.tree.leaves(model))
     monkeypatch.setattr(random_weights, "memory_here", lambda: 8 * size - 1)
-    assert random_model_of(config()).dtype == jnp.bfloat16
+    assert random_weights.random_model(config()).dtype == jnp.bfloat16
     monkeypatch.setattr(random_weights, "memory_here", lambda: 4 * size - 1)
     with pytest.raises(ValueError, match="Choose a smaller shape or dtype"):
-        random_model_of(config(), dtype="float32")
+        random_weights.random_model(config(), dtype="float32")
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
@@ -149,17 +148,17 @@ def test_random_weights_are_made_in_their_dtype_if_there_is_room(monkeypatch):
 def test_random_weights_are_made_quantized(scheme, moe, monkeypatch):
     small = config(dim=64, hidden_dim=96, head_dim=16)
     small = dataclasses.replace(small, moe=moe)
-    like = mx.quantize(random_model_of(small, dtype="bfloat16"), scheme)
+    like = mx.quantize(random_weights.random_model(small, dtype="bfloat16"), scheme)
     # There is room for these, and none for what they could be made from.
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(like))
     monkeypatch.setattr(random_weights, "memory_here", lambda: int(size / 0.9) + 1)
-    model = random_model_of(small, dtype="bfloat16", quantize=scheme)
+    model = random_weights.random_model(small, dtype="bfloat16", quantize=scheme)
     kinds = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
     assert jax.tree.all(jax.tree.map(lambda a, b: a == b, kinds(model), kinds(like)))
     assert jnp.isfinite(model(jnp.arange(9))[0]).all()
     monkeypatch.setattr(random_weights, "memory_here", lambda: int(size / 0.9) - 9)
     with pytest.raises(ValueError, match=f"in {scheme}, and nine tenths"):
-        random_model_of(small, dtype="bfloat16", quantize=scheme)
+        random_weights.random_model(small, dtype="bfloat16", quantize=scheme)
 
 
 @pytest.mark.parametrize("tied", [False, True])
